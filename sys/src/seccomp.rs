@@ -1,0 +1,72 @@
+//! Installing system-call filters with seccomp(2).
+//!
+//! The call is made directly rather than through a library so that
+//! `no_new_privs` stays the caller's decision: a container that asks for
+//! privilege escalation gets its filter while `CAP_SYS_ADMIN` is still held.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+/// Size of one `struct sock_filter` (linux/filter.h): u16 code, u8 jt, u8 jf, u32 k.
+pub const INSTRUCTION_SIZE: usize = 8;
+
+/// `SECCOMP_FILTER_FLAG_TSYNC`, see seccomp(2).
+pub const FLAG_TSYNC: u32 = 1;
+/// `SECCOMP_FILTER_FLAG_LOG`, see seccomp(2).
+pub const FLAG_LOG: u32 = 1 << 1;
+/// `SECCOMP_FILTER_FLAG_SPEC_ALLOW`, see seccomp(2).
+pub const FLAG_SPEC_ALLOW: u32 = 1 << 2;
+/// `SECCOMP_FILTER_FLAG_NEW_LISTENER`, see seccomp_unotify(2).
+pub const FLAG_NEW_LISTENER: u32 = 1 << 3;
+/// `SECCOMP_FILTER_FLAG_TSYNC_ESRCH`, see seccomp(2).
+pub const FLAG_TSYNC_ESRCH: u32 = 1 << 4;
+/// `SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV`, see linux/seccomp.h (5.19).
+pub const FLAG_WAIT_KILLABLE_RECV: u32 = 1 << 5;
+
+/// Installs a filter on the calling thread: seccomp(2), `SECCOMP_SET_MODE_FILTER`.
+///
+/// `program` is an array of `struct sock_filter` in native layout. `flags` are
+/// the `FLAG_*` bits; with [`FLAG_NEW_LISTENER`] the notification descriptor is
+/// returned (the kernel makes it close-on-exec), otherwise `None`. The caller
+/// holds `CAP_SYS_ADMIN` in its user namespace or has set `no_new_privs`.
+///
+/// Makes no allocation, so it may be used between fork and exec.
+///
+/// # Errors
+/// `EINVAL` for a program that is empty, longer than 65535 instructions or not a
+/// whole number of instructions; else what the kernel answers. `ESRCH` when
+/// [`FLAG_TSYNC`] found a thread that could not be synchronised.
+pub fn install_filter(program: &[u8], flags: u32) -> io::Result<Option<OwnedFd>> {
+    let count = u16::try_from(program.len() / INSTRUCTION_SIZE).unwrap_or(0);
+    if count == 0 || !program.len().is_multiple_of(INSTRUCTION_SIZE) {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let prog = libc::sock_fprog {
+        len: count,
+        filter: program.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: `prog` points at `count` whole instructions inside `program`, both
+    // alive for the whole call. The kernel only copies them, with
+    // copy_from_user, which asks for no alignment.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::c_ulong::from(libc::SECCOMP_SET_MODE_FILTER),
+            libc::c_ulong::from(flags),
+            &raw const prog,
+        )
+    };
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if flags & FLAG_NEW_LISTENER != 0 {
+        let fd = RawFd::try_from(ret).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+        // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+        return Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }));
+    }
+    if ret > 0 {
+        // TSYNC reports the id of the first thread it could not synchronise.
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    Ok(None)
+}
