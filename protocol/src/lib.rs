@@ -1,0 +1,136 @@
+//! What shim, agent and forker say to each other, with the limits that make
+//! each side safe from the other.
+//!
+//! Three processes, two kinds of channel, both inherited SOCK_SEQPACKET pairs
+//! (one message per packet, descriptors by SCM_RIGHTS):
+//!
+//! * shim ⇄ agent: [`ToAgent`], one for the pod. The agent only launches
+//!   forkers; it answers nothing but [`FromAgent::Ready`].
+//! * shim ⇄ forker: [`ToForker`] and [`FromForker`], one for each container.
+//!   Everything about a container's processes comes in order on this one.
+//!
+//! Packets towards the shim are at most [`MAX_PACKET`] bytes. What can be
+//! larger (arguments, environment, filters) goes from the shim in a sealed
+//! memfd beside the packet, and never the other way.
+#![forbid(unsafe_code)]
+
+pub mod plan;
+mod transport;
+
+use serde::{Deserialize, Serialize};
+
+pub use transport::{Channel, TransportError, read_plan, seal_plan};
+
+/// Version of these messages; a shim also speaks to agents one version back.
+pub const VERSION: u16 = 1;
+/// The largest packet, in bytes.
+pub const MAX_PACKET: usize = 4096;
+/// The largest plan that a memfd may hold, in bytes.
+pub const MAX_PLAN: u64 = 8 * 1024 * 1024;
+/// The longest text of an error, in bytes; longer ones are cut.
+pub const MAX_TEXT: usize = 2048;
+/// Number of the control socket in the agent at its start.
+pub const AGENT_SOCKET: i32 = 3;
+/// Number of the id range's lock in the agent at its start.
+pub const AGENT_LOCK: i32 = 4;
+/// Key of a container's init among its processes.
+pub const INIT_KEY: u32 = 0;
+
+/// From the shim to the agent.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToAgent {
+    /// Set up the pod. Descriptor: the plan ([`plan::PodPlan`] in a memfd).
+    /// Answered by [`FromAgent::Ready`].
+    Configure,
+    /// Make the forker of a container. Descriptors: the forker's channel, the
+    /// plan ([`plan::LaunchPlan`] in a memfd), the user namespace B, and the
+    /// cgroup: the `tasks` files on v1, the one directory on v2.
+    Launch {
+        /// The cgroup descriptor is a directory for CLONE_INTO_CGROUP.
+        cgroup_v2: bool,
+    },
+}
+
+/// From the agent to the shim.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromAgent {
+    /// Set up and locked down.
+    Ready {
+        /// [`VERSION`] of the agent.
+        version: u16,
+    },
+    /// It could not set itself up, and ends.
+    Failed {
+        /// One line: step and reason.
+        text: String,
+    },
+}
+
+/// From the shim to the forker of a container.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToForker {
+    /// Fork a process. Descriptors: the plan ([`plan::ProcessPlan`] in a
+    /// memfd), then stdin, stdout, stderr unless the plan wants a terminal.
+    Spawn {
+        /// Names the process from now on.
+        key: u32,
+        /// Wait for [`ToForker::Go`] before exec (a container's init).
+        parked: bool,
+    },
+    /// Let a parked process exec.
+    Go {
+        /// Which one.
+        key: u32,
+    },
+}
+
+/// From the forker (or, before it exists, from the process that becomes it).
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromForker {
+    /// The container is assembled and the forker locked down. Descriptor: a
+    /// pidfd of the forker.
+    Ready,
+    /// The container can't be made; the sender ends.
+    LaunchFailed {
+        /// One line: step, object, reason.
+        text: String,
+    },
+    /// A process exists (and has passed exec, unless parked). Descriptors: its
+    /// pidfd, and the terminal's master if it has one.
+    Spawned {
+        /// Which one.
+        key: u32,
+    },
+    /// A process could not be made; no exit follows.
+    SpawnFailed {
+        /// Which one.
+        key: u32,
+        /// One line: step, object, reason.
+        text: String,
+        /// The request was at fault (missing binary, bad cwd), not the sandbox.
+        invalid: bool,
+    },
+    /// A parked process has passed exec.
+    Started {
+        /// Which one.
+        key: u32,
+    },
+    /// A process has ended and was reaped.
+    Exited {
+        /// Which one.
+        key: u32,
+        /// Exit code, or 128 + signal.
+        status: u32,
+    },
+}
+
+/// Cuts a text to [`MAX_TEXT`] and one line, for a message.
+pub fn clip(text: &str) -> String {
+    let mut out: String = text
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(MAX_TEXT / 4)
+        .collect();
+    out.truncate(out.trim_end().len());
+    out
+}

@@ -1,0 +1,137 @@
+//! Plans: what a container and a process are made of, in finished form. No
+//! name is left to look up, no policy to decide.
+
+use serde::{Deserialize, Serialize};
+
+/// How the agent sets up the pod and locks itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodPlan {
+    /// Host name; empty: as it is.
+    pub hostname: String,
+    /// NIS domain name; empty: as it is.
+    pub domainname: String,
+    /// Kernel parameters of the pod's own IPC namespace: path below /proc/sys, value.
+    pub sysctls: Vec<(String, String)>,
+    /// The agent's own filter (`struct sock_filter` array).
+    pub filter: Vec<u8>,
+    /// Scope signals and abstract sockets to the pod with Landlock.
+    pub landlock: bool,
+}
+
+/// How the container's tree is assembled, and how its forker locks itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchPlan {
+    /// Directory of this container below the staging mount.
+    pub staging: String,
+    /// Mounts in the order of the spec; targets are resolved inside the root.
+    pub mounts: Vec<Mount>,
+    /// Paths hidden from the container.
+    pub masked: Vec<String>,
+    /// Paths made read-only.
+    pub readonly: Vec<String>,
+    /// The root file system itself is read-only.
+    pub readonly_root: bool,
+    /// The most capabilities any process of this container may ever have.
+    pub bounding: u64,
+    /// casemate's own filter (`struct sock_filter` array).
+    pub filter: Vec<u8>,
+    /// Restrict with Landlock.
+    pub landlock: bool,
+    /// Let Landlock check reads and truncation too: every open then walks its
+    /// path a second time.
+    pub landlock_reads: bool,
+    /// Set no_new_privs, for all processes of the container.
+    pub no_new_privs: bool,
+    /// Made if missing: the working directory of init, as runc does.
+    pub cwd: String,
+    /// Bind a terminal for the user with this id at /dev/console; init gets it.
+    pub console: Option<u32>,
+}
+
+/// One mount of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Absolute path in the container.
+    pub target: String,
+    /// What is mounted there.
+    pub source: MountSource,
+    /// `MOUNT_ATTR_*` bits, for what the agent's side makes itself.
+    pub attributes: u64,
+}
+
+/// Where a mount comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountSource {
+    /// Made by the shim, found under this name in the container's staging directory.
+    Staged {
+        /// Entry name.
+        name: String,
+        /// It is a directory (a missing target is made of the same kind).
+        directory: bool,
+        /// With all mounts below it.
+        recursive: bool,
+    },
+    /// A new file system of a type that the pod may make: proc, tmpfs, devpts,
+    /// mqueue, cgroup2.
+    New {
+        /// File system type.
+        fstype: String,
+        /// `key=value` or flags for fsconfig(2).
+        options: Vec<(String, Option<String>)>,
+    },
+}
+
+/// A limit of setrlimit(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// `RLIMIT_*`.
+    pub resource: u32,
+    /// Soft limit.
+    pub soft: u64,
+    /// Hard limit.
+    pub hard: u64,
+}
+
+/// Size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Columns.
+    pub columns: u16,
+}
+
+/// A process of a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessPlan {
+    /// Arguments; the first names the binary.
+    pub args: Vec<String>,
+    /// Environment, `NAME=value`.
+    pub env: Vec<String>,
+    /// Working directory.
+    pub cwd: String,
+    /// User id in the container.
+    pub uid: u32,
+    /// Group id in the container.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// File mode creation mask.
+    pub umask: Option<u32>,
+    /// Permitted capabilities.
+    pub permitted: u64,
+    /// Effective capabilities.
+    pub effective: u64,
+    /// Inheritable capabilities.
+    pub inheritable: u64,
+    /// Ambient capabilities.
+    pub ambient: u64,
+    /// Limits at or below those of the forker.
+    pub limits: Vec<Limit>,
+    /// A new terminal of this size (0×0: unset) instead of the descriptors.
+    pub terminal: Option<TerminalSize>,
+    /// The spec's own filter, stacked on ours.
+    pub filter: Vec<u8>,
+    /// Flags of seccomp(2) for the spec's filter.
+    pub filter_flags: u32,
+}
