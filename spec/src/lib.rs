@@ -1,0 +1,37 @@
+//! Reads an OCI runtime configuration, and turns it into a tightened one or a
+//! refusal.
+//!
+//! Everything here is a pure function of bytes and configuration: nothing
+//! touches the kernel, so each rule can be tested alone. The steps are
+//! [`load()`] (tolerant of what other producers write, strict about types), then
+//! [`tighten()`] (policy). [`load_process`] and [`tighten_process`] are the same
+//! for the process of an exec.
+//!
+//! No field of the specification is ignored in silence: [`coverage()`] has one
+//! row for each, and a field that has no row becomes a warning.
+
+pub mod caps;
+pub mod config;
+pub mod coverage;
+pub mod error;
+mod journal;
+pub mod load;
+pub mod mount;
+pub mod paths;
+pub mod process;
+mod resources;
+pub mod rules;
+pub mod tighten;
+
+pub use caps::Caps;
+pub use config::{Config, Profile};
+pub use coverage::{Coverage, How, coverage};
+pub use error::{ConfigError, Refusal, SpecError};
+pub use journal::Decision;
+pub use load::{Kind, Loaded, LoadedProcess, PodIdentity, load, load_process};
+pub use mount::{
+    Atime, MountAttrs, MountFlags, MountKind, MountSpec, Propagation, PropagationKind,
+};
+pub use process::{ProcessSpec, Rlimit, tighten_process};
+pub use rules::{RULES, Rule};
+pub use tighten::{Context, Namespace, Namespaces, Tightened, tighten};

@@ -1,0 +1,143 @@
+//! Why a specification is refused: one row per reason, as data, so that
+//! documents and metrics can list them.
+
+/// A reason to refuse.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Stable name, for metrics and tests.
+    pub id: &'static str,
+    /// What is refused: the start of the message.
+    pub what: &'static str,
+    /// Why: for documents.
+    pub why: &'static str,
+    /// What the reader can do: the end of the message.
+    pub way_out: &'static str,
+}
+
+macro_rules! rules {
+    ($($name:ident = $id:literal, $what:literal, $why:literal, $way_out:literal;)*) => {
+        $(pub(crate) static $name: Rule =
+            Rule { id: $id, what: $what, why: $why, way_out: $way_out };)*
+        /// Every rule, in order of subject.
+        pub static RULES: &[&Rule] = &[$(&$name),*];
+    };
+}
+
+rules! {
+    HOST_NETWORK = "host-network",
+        "the host's network is refused in this sandbox",
+        "the node's network reaches its metadata service, kubelet and every local socket",
+        "Remove hostNetwork, or set sandbox.allow_host_network in the node's configuration.";
+    HOST_PID = "host-pid",
+        "the host's processes are refused in this sandbox",
+        "the host's /proc shows what other pods run",
+        "Remove hostPID, or set sandbox.allow_host_pid in the node's configuration.";
+    HOST_IPC = "host-ipc",
+        "the host's shared memory is refused in this sandbox",
+        "shared memory is a way into the processes that use it",
+        "Remove hostIPC, or set sandbox.allow_host_ipc in the node's configuration.";
+    HOST_MOUNT = "host-mount-namespace",
+        "a mount namespace that isn't the container's own is refused",
+        "it holds the files of somebody else",
+        "Ask for a new mount namespace, without a path.";
+    CGROUP_PATH = "cgroup-namespace-path",
+        "joining a cgroup namespace is refused",
+        "each container has one of its own",
+        "Remove the path.";
+    TIME_NAMESPACE = "time-namespace",
+        "a time namespace is refused: it isn't set up yet",
+        "a workload that expects another clock would run with the host's",
+        "Remove it, or use another RuntimeClass.";
+    NAMESPACE_LIST = "namespace-list",
+        "the list of namespaces makes no sense",
+        "the OCI specification forbids it",
+        "Name each namespace once, with an absolute path or none.";
+    USER_NAMESPACE = "user-namespace",
+        "a user namespace chosen by the kubelet is not supported yet",
+        "every pod gets a user namespace and ids of its own anyway, chosen by casemate",
+        "Remove hostUsers: false; the isolation is the same.";
+    PRIVILEGED = "privileged",
+        "privileged containers are refused in this sandbox",
+        "a privileged container is root of the node",
+        "Remove securityContext.privileged, or use another RuntimeClass.";
+    SYSCTL = "sysctl",
+        "this sysctl is refused",
+        "it isn't separate for each pod, so it would change the node",
+        "Use only net.*, kernel.shm*, kernel.msg*, kernel.sem and fs.mqueue.*, or set it on the node.";
+    ROOTFS_PROPAGATION = "rootfs-propagation",
+        "this propagation of the root is refused",
+        "mounts made in the sandbox must not reach the host",
+        "Use private or slave.";
+    MOUNT_PROPAGATION = "mount-propagation",
+        "this propagation of a mount is refused",
+        "mounts made in the sandbox must not reach the host",
+        "Use mountPropagation None or HostToContainer.";
+    DEVICE = "device",
+        "this device is refused",
+        "a device is the kernel's driver, outside of every other limit",
+        "Remove the device, or use another RuntimeClass.";
+    HOOKS = "hooks",
+        "OCI hooks are refused",
+        "what a hook was to set up would be missing",
+        "Remove the hooks, or use another RuntimeClass.";
+    APPARMOR = "apparmor",
+        "this AppArmor profile can't be applied on this node",
+        "a confinement that was asked for would be missing",
+        "Use the profile unconfined, or a node with AppArmor.";
+    SELINUX = "selinux",
+        "this SELinux label can't be applied on this node",
+        "a confinement that was asked for would be missing",
+        "Remove seLinuxOptions, or use a node with SELinux.";
+    UNSUPPORTED = "unsupported-field",
+        "this field is refused: casemate doesn't apply it",
+        "what it was to change would silently not be changed",
+        "Remove it, or use another RuntimeClass.";
+    PLATFORM = "other-platform",
+        "a section for another platform is refused",
+        "casemate runs Linux containers",
+        "Remove the section.";
+    PERSONALITY = "personality",
+        "this personality is refused",
+        "foreign ABIs are closed in the sandbox",
+        "Use the domain LINUX without flags, or another RuntimeClass.";
+    SECCOMP_LISTENER = "seccomp-listener",
+        "a seccomp listener is refused",
+        "it hands the container's system calls to a process of the host",
+        "Remove listenerPath, or use another RuntimeClass.";
+    MOUNT_DESTINATION = "mount-destination",
+        "this mount destination is refused",
+        "it isn't a plain absolute path, or covers what the sandbox itself mounts",
+        "Use an absolute path without .. that isn't under /proc.";
+    MOUNT_TYPE = "mount-type",
+        "this type of mount is refused",
+        "a filesystem parses what the workload gives it in the kernel",
+        "Use proc, sysfs, tmpfs, devpts, mqueue, bind or cgroup.";
+    MOUNT_SOURCE = "mount-source",
+        "this mount source is refused",
+        "it isn't a plain absolute path, or shows the host's own state",
+        "Mount only the directory that is needed, by its absolute path, or use another RuntimeClass.";
+    MOUNT_OPTION = "mount-option",
+        "this mount option is refused",
+        "an option that isn't known could not be checked",
+        "Remove the option.";
+    MOUNT_IDMAP = "mount-idmap",
+        "an id mapping of a mount is not supported yet",
+        "casemate maps the ids of each mount itself",
+        "Remove hostUsers: false.";
+    PATH = "path",
+        "this path makes no sense",
+        "a path is absolute and plain, or it could mean something else inside",
+        "Use an absolute path without .. in it.";
+    ID = "id",
+        "this id is out of range",
+        "a pod has the ids 0 to 65535",
+        "Use an id below 65536 (securityContext.runAsUser, runAsGroup, supplementalGroups).";
+    PROCESS = "process",
+        "this process makes no sense",
+        "the OCI specification or execve(2) forbids it",
+        "Correct the field.";
+    RESOURCES = "resources",
+        "this limit makes no sense",
+        "a limit that can't be applied would silently not be one",
+        "Correct the field.";
+}

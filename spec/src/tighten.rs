@@ -1,0 +1,534 @@
+//! From a specification to what will be started, or a refusal.
+
+use std::collections::BTreeMap;
+
+use oci_spec::runtime::{
+    Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources,
+    Spec,
+};
+use serde_json::Value;
+
+use crate::caps::{self, Caps};
+use crate::config::{Config, Sandbox};
+use crate::error::{Refusal, one_line};
+use crate::journal::{Decision, Journal};
+use crate::load::{Loaded, PodIdentity};
+use crate::mount::{self, MountSpec, PropagationKind};
+use crate::paths::{plain, plain_absolute};
+use crate::process::{self, ProcessSpec};
+use crate::resources;
+use crate::rules::{
+    APPARMOR, CGROUP_PATH, HOST_IPC, HOST_MOUNT, HOST_NETWORK, HOST_PID, NAMESPACE_LIST, PATH,
+    PERSONALITY, PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, SELINUX, SYSCTL, TIME_NAMESPACE,
+    UNSUPPORTED, USER_NAMESPACE,
+};
+
+/// Facts of the moment that the specification doesn't hold.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Context<'a> {
+    /// The container's id: the default of `linux.cgroupsPath`.
+    pub id: &'a str,
+    /// The node can confine by AppArmor profile.
+    pub apparmor: bool,
+    /// The node can confine by SELinux label.
+    pub selinux: bool,
+}
+
+/// Where a namespace comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Namespace {
+    /// Of its own.
+    New,
+    /// The one at this path, as the host sees it.
+    Path(String),
+    /// The host's; only where the configuration allows it by name.
+    Host,
+}
+
+/// Namespaces of the container. Mount, user and cgroup are always its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Namespaces {
+    /// See network_namespaces(7).
+    pub network: Namespace,
+    /// See pid_namespaces(7).
+    pub pid: Namespace,
+    /// See ipc_namespaces(7).
+    pub ipc: Namespace,
+    /// See uts_namespaces(7).
+    pub uts: Namespace,
+}
+
+/// Everything the launch planner needs.
+#[derive(Debug, Clone)]
+pub struct Tightened {
+    /// Whose container this is.
+    pub pod: PodIdentity,
+    /// The first process.
+    pub process: ProcessSpec,
+    /// `hostname`.
+    pub hostname: Option<String>,
+    /// `domainname`.
+    pub domainname: Option<String>,
+    /// Namespaces.
+    pub namespaces: Namespaces,
+    /// Mounts in order.
+    pub mounts: Vec<MountSpec>,
+    /// Absolute paths to hide.
+    pub masked_paths: Vec<String>,
+    /// Absolute paths to make read-only.
+    pub readonly_paths: Vec<String>,
+    /// `root.readonly`.
+    pub readonly_rootfs: bool,
+    /// `root.path`: absolute, or relative to the bundle.
+    pub root_path: String,
+    /// `linux.rootfsPropagation`; never shared.
+    pub rootfs_propagation: Option<PropagationKind>,
+    /// Limits.
+    pub resources: Option<LinuxResources>,
+    /// A path, or `slice:prefix:name` for the systemd driver.
+    pub cgroups_path: String,
+    /// Names with dots, as written.
+    pub sysctl: BTreeMap<String, String>,
+    /// Only the default devices.
+    pub devices: Vec<LinuxDevice>,
+    /// `linux.seccomp`, as written.
+    pub seccomp: Option<Value>,
+    /// `annotations`.
+    pub annotations: BTreeMap<String, String>,
+    /// What was changed or dropped, one line each.
+    pub warnings: Vec<String>,
+    /// What became of each field that the specification sets.
+    pub decisions: Vec<Decision>,
+}
+
+/// Paths that are hidden in every container, whatever the specification says:
+/// the kernel's own state of the node.
+const MASKED: [&str; 12] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+
+/// Paths that are read-only in every container.
+const READONLY: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
+/// Applies the policy.
+///
+/// # Errors
+/// The first rule that refuses it.
+pub fn tighten(
+    loaded: Loaded,
+    config: &Config,
+    context: &Context<'_>,
+) -> Result<Tightened, Refusal> {
+    let Loaded {
+        spec,
+        seccomp,
+        annotations,
+        warnings,
+        fields,
+        pod,
+    } = loaded;
+    // Not `Linux::default()`: oci-spec's has namespaces.
+    let Some(linux) = spec.linux() else {
+        return Err(Refusal::new(&NAMESPACE_LIST, "linux", "missing"));
+    };
+
+    // What a person most likely did comes first, as that is what they read.
+    refuse_privileged(&spec, linux)?;
+    let namespaces = namespaces(linux, &config.sandbox)?;
+    let mut journal = Journal::new(&fields, warnings)?;
+    if !(spec.version().is_empty() || spec.version().starts_with("1.")) {
+        return Err(Refusal::new(
+            &UNSUPPORTED,
+            "ociVersion",
+            format!("{} is not 1.x", spec.version()),
+        ));
+    }
+    if seccomp.is_some() {
+        journal.stricter(
+            "linux.seccomp",
+            "intersected with the sandbox's own profile",
+        );
+    }
+    if !names(linux, LinuxNamespaceType::Uts) {
+        journal.stricter(
+            "linux.namespaces[].type",
+            "a uts namespace is made though none is asked for",
+        );
+    }
+
+    let Some(process) = spec.process() else {
+        return Err(Refusal::new(
+            &PROCESS,
+            "process",
+            "missing, so there is nothing to run",
+        ));
+    };
+    let force = config.profile.forces_no_new_privs();
+    let process = process::check(process, config.capabilities.allow, force, &mut journal)?;
+    labels(&process, linux, context)?;
+    personality(linux)?;
+
+    let mut mounts = Vec::new();
+    for (i, mount) in spec.mounts().iter().flatten().enumerate() {
+        let (mount, notes) = mount::check(mount, i, force)?;
+        for note in notes {
+            journal.warn("mounts[].options", &note);
+        }
+        mounts.push(mount);
+    }
+    let Some(root) = spec.root() else {
+        return Err(Refusal::new(&PATH, "root", "missing"));
+    };
+    let written = root.path().to_string_lossy();
+    let root_path = match plain(&written) {
+        Ok(rest) if written.starts_with('/') => format!("/{rest}"),
+        Ok(rest) => rest,
+        Err(why) => {
+            return Err(Refusal::new(
+                &PATH,
+                "root.path",
+                format!("{} {why}", one_line(&written)),
+            ));
+        }
+    };
+
+    let masked_paths = path_list(
+        "linux.maskedPaths",
+        linux.masked_paths().as_deref(),
+        &MASKED,
+        &mut journal,
+    )?;
+    let readonly_paths = path_list(
+        "linux.readonlyPaths",
+        linux.readonly_paths().as_deref(),
+        &READONLY,
+        &mut journal,
+    )?;
+    let devices = linux.devices().clone().unwrap_or_default();
+    resources::check_devices(&devices)?;
+    let resources = linux.resources().clone().unwrap_or_default();
+    let resources = Some(resources::check(resources, &mut journal)?);
+
+    Ok(Tightened {
+        hostname: host_name("hostname", spec.hostname().as_deref())?,
+        domainname: host_name("domainname", spec.domainname().as_deref())?,
+        sysctl: sysctls(linux, &namespaces)?,
+        rootfs_propagation: rootfs_propagation(linux)?,
+        cgroups_path: cgroups_path(linux, context.id)?,
+        readonly_rootfs: root.readonly().unwrap_or(false),
+        pod,
+        process,
+        namespaces,
+        mounts,
+        masked_paths,
+        readonly_paths,
+        root_path,
+        resources,
+        devices,
+        seccomp,
+        annotations,
+        warnings: journal.warnings,
+        decisions: journal.decisions,
+    })
+}
+
+/// All capabilities together with bare paths or all devices is what
+/// `privileged: true` writes; one of them alone has its own rule.
+fn refuse_privileged(spec: &Spec, linux: &Linux) -> Result<(), Refusal> {
+    /// Capabilities of the oldest kernel that has what the sandbox needs.
+    const NEARLY_ALL: u32 = 38;
+    let bounding = spec
+        .process()
+        .as_ref()
+        .and_then(|p| p.capabilities().as_ref())
+        .map(|c| Caps::from(c).bounding & caps::ALL)
+        .unwrap_or_default();
+    let bare = linux.masked_paths().as_ref().is_none_or(Vec::is_empty);
+    let devices = linux
+        .resources()
+        .as_ref()
+        .is_some_and(resources::allows_all_devices);
+    if bounding.count_ones() >= NEARLY_ALL && (bare || devices) {
+        return Err(Refusal::new(&PRIVILEGED, "securityContext.privileged", ""));
+    }
+    Ok(())
+}
+
+fn names(linux: &Linux, typ: LinuxNamespaceType) -> bool {
+    linux.namespaces().iter().flatten().any(|n| n.typ() == typ)
+}
+
+fn namespaces(linux: &Linux, allow: &Sandbox) -> Result<Namespaces, Refusal> {
+    let no =
+        |rule: &'static Rule, detail: &str| Err(Refusal::new(rule, "linux.namespaces", detail));
+    let list: &[LinuxNamespace] = linux.namespaces().as_deref().unwrap_or_default();
+    let find = |typ: LinuxNamespaceType, host: Option<&'static Rule>, allowed: bool| {
+        let mut all = list.iter().filter(|n| n.typ() == typ);
+        let Some(first) = all.next() else {
+            return match host {
+                Some(rule) if !allowed => no(rule, ""),
+                Some(_) => Ok(Namespace::Host),
+                None => Ok(Namespace::New),
+            };
+        };
+        if all.next().is_some() {
+            return no(&NAMESPACE_LIST, &format!("{typ} is there twice"));
+        }
+        match first.path().as_ref().map(|p| p.to_string_lossy()) {
+            None => Ok(Namespace::New),
+            Some(path) if path.is_empty() => Ok(Namespace::New),
+            Some(path) => match plain_absolute(&path) {
+                Ok(path) => Ok(Namespace::Path(path)),
+                Err(why) => no(
+                    &NAMESPACE_LIST,
+                    &format!("{typ} at {} is {why}", one_line(&path)),
+                ),
+            },
+        }
+    };
+    let namespaces = Namespaces {
+        network: find(
+            LinuxNamespaceType::Network,
+            Some(&HOST_NETWORK),
+            allow.allow_host_network,
+        )?,
+        pid: find(
+            LinuxNamespaceType::Pid,
+            Some(&HOST_PID),
+            allow.allow_host_pid,
+        )?,
+        ipc: find(
+            LinuxNamespaceType::Ipc,
+            Some(&HOST_IPC),
+            allow.allow_host_ipc,
+        )?,
+        // Left out together with the network by hostNetwork; the host's name
+        // is not worth a hole, so the container gets its own.
+        uts: find(LinuxNamespaceType::Uts, None, true)?,
+    };
+    match find(LinuxNamespaceType::Mount, Some(&HOST_MOUNT), false)? {
+        Namespace::New => {}
+        _ => return Err(Refusal::new(&HOST_MOUNT, "linux.namespaces", "")),
+    }
+    match find(LinuxNamespaceType::Cgroup, None, true)? {
+        Namespace::New => {}
+        _ => return Err(Refusal::new(&CGROUP_PATH, "linux.namespaces", "")),
+    }
+    if names(linux, LinuxNamespaceType::User) {
+        return Err(Refusal::new(&USER_NAMESPACE, "linux.namespaces", ""));
+    }
+    if names(linux, LinuxNamespaceType::Time) {
+        return Err(Refusal::new(&TIME_NAMESPACE, "linux.namespaces", ""));
+    }
+    Ok(namespaces)
+}
+
+fn labels(process: &ProcessSpec, linux: &Linux, context: &Context<'_>) -> Result<(), Refusal> {
+    if let Some(profile) = process
+        .apparmor_profile
+        .as_deref()
+        .filter(|_| !context.apparmor)
+    {
+        return Err(Refusal::new(&APPARMOR, "process.apparmorProfile", profile));
+    }
+    if let Some(label) = process
+        .selinux_label
+        .as_deref()
+        .filter(|_| !context.selinux)
+    {
+        return Err(Refusal::new(&SELINUX, "process.selinuxLabel", label));
+    }
+    match linux.mount_label().as_deref() {
+        Some(label) if !label.is_empty() && !context.selinux => {
+            Err(Refusal::new(&SELINUX, "linux.mountLabel", label))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn personality(linux: &Linux) -> Result<(), Refusal> {
+    let Some(personality) = linux.personality() else {
+        return Ok(());
+    };
+    if personality.domain() != LinuxPersonalityDomain::PerLinux {
+        return Err(Refusal::new(
+            &PERSONALITY,
+            "linux.personality.domain",
+            "LINUX32",
+        ));
+    }
+    match personality.flags().iter().flatten().next() {
+        Some(flag) => Err(Refusal::new(&PERSONALITY, "linux.personality.flags", flag)),
+        None => Ok(()),
+    }
+}
+
+fn path_list(
+    field: &str,
+    written: Option<&[String]>,
+    always: &[&str],
+    journal: &mut Journal,
+) -> Result<Vec<String>, Refusal> {
+    let mut paths: Vec<String> = Vec::new();
+    for (i, path) in written.unwrap_or_default().iter().enumerate() {
+        match plain_absolute(path) {
+            Ok(p) if p == "/" => {
+                return Err(Refusal::new(
+                    &PATH,
+                    format!("{field}[{i}]"),
+                    "/ is the whole container",
+                ));
+            }
+            Ok(p) if paths.contains(&p) => {}
+            Ok(p) => paths.push(p),
+            Err(why) => {
+                return Err(Refusal::new(
+                    &PATH,
+                    format!("{field}[{i}]"),
+                    format!("{} is {why}", one_line(path)),
+                ));
+            }
+        }
+    }
+    let missing: Vec<&str> = always
+        .iter()
+        .copied()
+        .filter(|a| !paths.iter().any(|p| p == a))
+        .collect();
+    if paths.is_empty() {
+        journal.warn(
+            field,
+            "empty in the specification; the usual paths are covered all the same",
+        );
+    } else if !missing.is_empty() {
+        journal.stricter(field, &format!("added {}", missing.join(", ")));
+    }
+    paths.extend(missing.into_iter().map(str::to_owned));
+    Ok(paths)
+}
+
+/// sethostname(2) and setdomainname(2) take at most 64 bytes.
+fn host_name(field: &str, name: Option<&str>) -> Result<Option<String>, Refusal> {
+    match name {
+        None | Some("") => Ok(None),
+        Some(n) if n.len() > 64 || n.contains(char::is_control) => {
+            let detail = format!(
+                "{} is longer than 64 bytes or has control characters",
+                one_line(n)
+            );
+            Err(Refusal::new(&PROCESS, field, detail))
+        }
+        Some(n) => Ok(Some(n.to_owned())),
+    }
+}
+
+/// Those that a network or ipc namespace has for itself, see
+/// network_namespaces(7) and ipc_namespaces(7).
+fn sysctls(linux: &Linux, namespaces: &Namespaces) -> Result<BTreeMap<String, String>, Refusal> {
+    let mut sysctls = BTreeMap::new();
+    for (key, value) in linux.sysctl().iter().flatten() {
+        let no = |why: &str| {
+            let shown = one_line(key);
+            Err(Refusal::new(
+                &SYSCTL,
+                "linux.sysctl",
+                format!("{shown}{why}"),
+            ))
+        };
+        // The name becomes a path below /proc/sys.
+        let plain = key.split(['.', '/']).all(|part| {
+            !part.is_empty()
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+        });
+        if !plain || value.contains('\0') {
+            return no(" is not a plain name and value");
+        }
+        let dotted = key.replace('/', ".");
+        let ipc = dotted == "kernel.sem"
+            || ["kernel.shm", "kernel.msg", "fs.mqueue."]
+                .iter()
+                .any(|p| dotted.starts_with(p));
+        if dotted.starts_with("net.") {
+            if namespaces.network == Namespace::Host {
+                return no(" would change the host's network");
+            }
+        } else if !ipc {
+            return no("");
+        } else if namespaces.ipc == Namespace::Host {
+            return no(" would change the host's ipc");
+        }
+        sysctls.insert(key.clone(), value.clone());
+    }
+    Ok(sysctls)
+}
+
+fn rootfs_propagation(linux: &Linux) -> Result<Option<PropagationKind>, Refusal> {
+    match linux.rootfs_propagation().as_deref() {
+        None | Some("") => Ok(None),
+        Some("private" | "rprivate") => Ok(Some(PropagationKind::Private)),
+        Some("slave" | "rslave") => Ok(Some(PropagationKind::Slave)),
+        Some(other) => Err(Refusal::new(
+            &ROOTFS_PROPAGATION,
+            "linux.rootfsPropagation",
+            other,
+        )),
+    }
+}
+
+/// A path below the root of the hierarchy, or `slice:prefix:name`, which
+/// containerd writes for the systemd driver.
+fn cgroups_path(linux: &Linux, id: &str) -> Result<String, Refusal> {
+    let no = |detail: String| Err(Refusal::new(&PATH, "linux.cgroupsPath", detail));
+    let part = |p: &str| !p.is_empty() && p != "." && p != ".." && !p.contains(['/', '\0', '\n']);
+    let written = linux
+        .cgroups_path()
+        .as_ref()
+        .map(|p| p.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    if written.is_empty() {
+        return if part(id) {
+            Ok(format!("/casemate/{id}"))
+        } else {
+            no(format!(
+                "missing, and the id \"{}\" can't stand for it",
+                one_line(id)
+            ))
+        };
+    }
+    if !written.starts_with('/') && written.contains(':') {
+        let parts: Vec<&str> = written.split(':').collect();
+        // The prefix may be empty; the slice too, which means the default.
+        let good = matches!(parts[..], [slice, prefix, name]
+            if part(name) && (slice.is_empty() || part(slice)) && (prefix.is_empty() || part(prefix)));
+        return if good {
+            Ok(written)
+        } else {
+            no(format!("{} is not slice:prefix:name", one_line(&written)))
+        };
+    }
+    match plain(&written) {
+        Ok(rest) if rest.is_empty() => no("/ is the whole node".into()),
+        Ok(rest) if rest.contains('\n') => no("has a line break in it".into()),
+        Ok(rest) => Ok(format!("/{rest}")),
+        Err(why) => no(format!("{} {why}", one_line(&written))),
+    }
+}
