@@ -1,0 +1,137 @@
+//! Locks: capabilities, no_new_privs, Landlock, system-call filter.
+
+use casemate_protocol::plan::{LaunchPlan, PodPlan, ProcessPlan};
+use casemate_sys::ident::{self, CapSets};
+use casemate_sys::landlock::{self, Ruleset, fs, scope};
+use casemate_sys::{process, seccomp};
+use rustix::fs::{CWD, Mode, OFlags};
+
+use crate::error::{At, StepError};
+
+const fn cap(n: u32) -> u64 {
+    1 << n
+}
+const CHOWN: u64 = cap(0);
+const DAC_OVERRIDE: u64 = cap(1);
+const DAC_READ_SEARCH: u64 = cap(2);
+const FOWNER: u64 = cap(3);
+const FSETID: u64 = cap(4);
+const KILL: u64 = cap(5);
+const SETGID: u64 = cap(6);
+const SETUID: u64 = cap(7);
+const SETPCAP: u64 = cap(8);
+const SYS_CHROOT: u64 = cap(18);
+const SYS_ADMIN: u64 = cap(21);
+
+/// What the agent and the assembling child use: mounts and namespaces
+/// (SYS_ADMIN, SYS_CHROOT), targets in an image of any owner (CHOWN, DAC_*,
+/// FOWNER, FSETID), ids (SET*ID, SETPCAP for securebits), reaping (KILL).
+const AGENT_CAPS: u64 = CHOWN
+    | DAC_OVERRIDE
+    | DAC_READ_SEARCH
+    | FOWNER
+    | FSETID
+    | KILL
+    | SETGID
+    | SETUID
+    | SETPCAP
+    | SYS_CHROOT
+    | SYS_ADMIN;
+
+/// What the forker itself needs, beside what its children may have: the ids
+/// of processes it forks.
+const FORKER_CAPS: u64 = SETGID | SETUID;
+
+const RLIMIT_CORE: u32 = 4;
+
+/// The agent's own lock-down. no_new_privs isn't set here: it is inherited,
+/// and a profile may leave it to a container.
+pub fn agent(plan: &PodPlan) -> Result<(), StepError> {
+    process::set_limit(0, RLIMIT_CORE, 0, 0).at("limit", "core size")?;
+    if plan.landlock {
+        let abi = landlock::abi();
+        if abi >= 6 {
+            // No file system rights are handled, so mounting stays possible.
+            Ruleset::new(abi, 0, scope::SIGNAL | scope::ABSTRACT_UNIX_SOCKET)
+                .and_then(Ruleset::restrict_self)
+                .at("restrict with Landlock", "agent")?;
+        }
+    }
+    ident::limit_bounding(AGENT_CAPS).at("limit", "bounding set")?;
+    ident::set_caps(CapSets {
+        effective: AGENT_CAPS,
+        permitted: AGENT_CAPS,
+        inheritable: 0,
+    })
+    .at("set", "capabilities")?;
+    if !plan.filter.is_empty() {
+        seccomp::install_filter(&plan.filter, 0).at("install filter", "agent")?;
+    }
+    Ok(())
+}
+
+/// The container's lock-down, once for its forker and so for every process in it.
+pub fn forker(plan: &LaunchPlan) -> Result<(), StepError> {
+    ident::limit_bounding(plan.bounding).at("limit", "bounding set")?;
+    if plan.no_new_privs {
+        ident::set_no_new_privs().at("set", "no_new_privs")?;
+    }
+    if plan.landlock {
+        landlock_container(plan.landlock_reads).at("restrict with Landlock", "container")?;
+    }
+    // Without no_new_privs the filter needs CAP_SYS_ADMIN, so it comes before
+    // the capabilities go.
+    seccomp::install_filter(&plan.filter, 0).at("install filter", "container")?;
+    let keep = plan.bounding | FORKER_CAPS;
+    ident::set_caps(CapSets {
+        effective: keep,
+        permitted: keep,
+        inheritable: plan.bounding,
+    })
+    .at("set", "capabilities")
+}
+
+/// Everything below the root as the mounts and modes allow it, but: devices
+/// can't be made, and can be driven (ioctl) only below /dev; nothing outside
+/// the root (through a leaked descriptor, say) can be written, listed,
+/// executed or changed. And, as with any domain that handles files: no mounts
+/// at all (landlock(7)).
+///
+/// Truncation is among what each open is asked for, so handling it, or plain
+/// reads, makes every open walk its path again. Without `reads` those two are left to the mounts and modes.
+fn landlock_container(reads: bool) -> std::io::Result<()> {
+    let abi = landlock::abi();
+    let mut all = landlock::all_fs_rights(abi);
+    if !reads {
+        all &= !(fs::READ_FILE | fs::TRUNCATE);
+    }
+    let rules = Ruleset::new(abi, all, 0)?;
+    let open =
+        |path: &str| rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    rules.allow_beneath(
+        open("/")?,
+        all & !(fs::IOCTL_DEV | fs::MAKE_CHAR | fs::MAKE_BLOCK),
+    )?;
+    if abi >= 5
+        && let Ok(dev) = open("/dev")
+    {
+        rules.allow_beneath(dev, fs::IOCTL_DEV)?;
+    }
+    rules.restrict_self()
+}
+
+/// The identity of one process: ids, then exactly its capability sets.
+pub fn identity(plan: &ProcessPlan) -> Result<(), StepError> {
+    let object = || format!("{}:{}", plan.uid, plan.gid);
+    ident::keep_capabilities(true).at("keep", "capabilities")?;
+    ident::set_groups(&plan.groups).at("set additional groups of user", object())?;
+    ident::set_gid(plan.gid).at("set group of user", object())?;
+    ident::set_uid(plan.uid).at("set user", object())?;
+    ident::set_caps(CapSets {
+        effective: plan.effective,
+        permitted: plan.permitted,
+        inheritable: plan.inheritable,
+    })
+    .at("set", "capabilities")?;
+    ident::set_ambient(plan.ambient).at("set", "ambient capabilities")
+}

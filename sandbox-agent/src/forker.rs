@@ -1,0 +1,211 @@
+//! The forker of a container: sits in all its namespaces and its cgroup, locked
+//! like its workload, and forks init and every exec from there. It lives in the
+//! agent's pid namespace, so the container has no pid to aim at.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use casemate_protocol::plan::ProcessPlan;
+use casemate_protocol::{Channel, FromForker, INIT_KEY, ToForker, TransportError, clip, read_plan};
+use casemate_sys::{memory, process};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::error::{At, StepError};
+use crate::launch::Container;
+use crate::spawn::{self, Parked, Stdio};
+
+struct Forker {
+    channel: Channel,
+    container: Container,
+    /// Running or parked children by pid: their key.
+    children: BTreeMap<u32, u32>,
+    /// Children that wait for Go.
+    parked: BTreeMap<u32, Parked>,
+}
+
+/// Serves the container until the shim closes the channel.
+pub fn run(channel: Channel, container: Container) -> ! {
+    let mut forker = Forker {
+        channel,
+        container,
+        children: BTreeMap::new(),
+        parked: BTreeMap::new(),
+    };
+    let code = match forker.serve() {
+        Ok(()) => 0,
+        Err(error) => {
+            let text = clip(&error.to_string());
+            let _ = forker.channel.send(&FromForker::LaunchFailed { text }, &[]);
+            1
+        }
+    };
+    process::exit_now(code)
+}
+
+impl Forker {
+    fn serve(&mut self) -> Result<(), StepError> {
+        let signals = process::child_signals().at("watch", "children")?;
+        let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
+        self.answer(&FromForker::Ready, &[&me])?;
+        drop(me);
+        loop {
+            let mut fds = [
+                PollFd::new(&self.channel, PollFlags::IN),
+                PollFd::new(&signals, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e).at("poll", ""),
+            }
+            let (message, ended) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
+            if ended {
+                crate::pod::drain(&signals);
+                self.reap()?;
+            }
+            if message {
+                match self.channel.receive::<ToForker>(false) {
+                    Ok(None) => return Ok(()),
+                    Ok(Some((ToForker::Spawn { key, parked }, fds))) => {
+                        self.spawn(key, parked, fds)?;
+                    }
+                    Ok(Some((ToForker::Go { key }, _))) => {
+                        self.go(key)?;
+                        memory::release_startup();
+                    }
+                    Err(TransportError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(e) => return Err(io::Error::other(e)).at("receive", ""),
+                }
+            }
+        }
+    }
+
+    fn answer(&self, message: &FromForker, fds: &[&OwnedFd]) -> Result<(), StepError> {
+        let fds: Vec<_> = fds.iter().map(|f| f.as_fd()).collect();
+        self.channel
+            .send(message, &fds)
+            .map_err(io::Error::other)
+            .at("answer", "shim")
+    }
+
+    fn reap(&mut self) -> Result<(), StepError> {
+        while let Some(ended) = process::reap_any().at("reap", "")? {
+            if let Some(key) = self.children.remove(&ended.pid) {
+                self.parked.remove(&key);
+                self.answer(
+                    &FromForker::Exited {
+                        key,
+                        status: ended.status,
+                    },
+                    &[],
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    fn spawn(&mut self, key: u32, parked: bool, mut fds: Vec<OwnedFd>) -> Result<(), StepError> {
+        let result = (|| {
+            if fds.is_empty() {
+                return Err(StepError::invalid("spawn", "", "no plan"));
+            }
+            let plan: ProcessPlan = read_plan(fds.remove(0))
+                .map_err(io::Error::other)
+                .at("read", "process plan")?;
+            let stdio = if plan.terminal.is_some() {
+                match self.container.console.take() {
+                    Some(terminal) if key == INIT_KEY => Stdio::Terminal(terminal),
+                    other => {
+                        self.container.console = other;
+                        Stdio::NewTerminal
+                    }
+                }
+            } else {
+                Stdio::Files(fds)
+            };
+            let (pid, pidfd, prepared) = spawn::fork_process(&plan, stdio)?;
+            if parked {
+                return Ok((pid, pidfd, prepared));
+            }
+            let (parked, master) = (prepared.parked, prepared.master);
+            parked.go(&pidfd)?;
+            Ok((
+                pid,
+                pidfd,
+                spawn::Prepared {
+                    parked: Parked::gone(),
+                    master,
+                },
+            ))
+        })();
+        match result {
+            Ok((pid, pidfd, prepared)) => {
+                self.children.insert(pid, key);
+                if parked {
+                    self.parked.insert(key, prepared.parked);
+                }
+                let mut fds = vec![&pidfd];
+                fds.extend(prepared.master.as_ref());
+                self.answer(&FromForker::Spawned { key }, &fds)
+            }
+            Err(error) => self.answer(
+                &FromForker::SpawnFailed {
+                    key,
+                    text: clip(&error.to_string()),
+                    invalid: error.invalid,
+                },
+                &[],
+            ),
+        }
+    }
+
+    fn go(&mut self, key: u32) -> Result<(), StepError> {
+        let Some(parked) = self.parked.remove(&key) else {
+            let text = "no process is waiting to start".to_owned();
+            return self.answer(
+                &FromForker::SpawnFailed {
+                    key,
+                    text,
+                    invalid: true,
+                },
+                &[],
+            );
+        };
+        let pid = self
+            .children
+            .iter()
+            .find(|(_, k)| **k == key)
+            .map(|(pid, _)| *pid);
+        let pidfd = match pid.map(process::open_pidfd) {
+            Some(Ok(fd)) => fd,
+            _ => {
+                let text = "the process has ended before its start".to_owned();
+                return self.answer(
+                    &FromForker::SpawnFailed {
+                        key,
+                        text,
+                        invalid: false,
+                    },
+                    &[],
+                );
+            }
+        };
+        match parked.go(&pidfd) {
+            Ok(()) => self.answer(&FromForker::Started { key }, &[]),
+            Err(error) => {
+                // go() has reaped it: no exit is to be told.
+                if let Some(pid) = pid {
+                    self.children.remove(&pid);
+                }
+                self.answer(
+                    &FromForker::SpawnFailed {
+                        key,
+                        text: clip(&error.to_string()),
+                        invalid: error.invalid,
+                    },
+                    &[],
+                )
+            }
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! Assembles a container's tree and namespaces in the process that becomes its
+//! forker. Runs as root of the pod's namespace A, with file ids of the
+//! container's root, in a mount namespace of its own; ends inside B, locked.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use casemate_protocol::plan::{LaunchPlan, Mount, MountSource};
+use casemate_sys::mount::{self, Change, NewFs, attr, clone_tree, propagation};
+use casemate_sys::namespace::{self, kind};
+use casemate_sys::{ident, process};
+use rustix::fs::{CWD, Mode, OFlags};
+
+use crate::confine;
+use crate::error::{At, StepError};
+use crate::root::{self, Links};
+use crate::spawn::Terminal;
+
+/// What the forker needs of the assembled container.
+pub struct Container {
+    /// The terminal bound at /dev/console, for init.
+    pub console: Option<Terminal>,
+}
+
+/// Host ids of the container's root as seen from A: A is `0` the agent, `1…`
+/// the container's `0…`.
+const ROOT_IN_A: u32 = 1;
+
+/// Does everything up to the forker's lock-down, in the order that the
+/// kernel's rules dictate: cgroup, then its namespace; pid namespace, then
+/// proc; all mounts, then Landlock; the user namespace last.
+pub fn assemble(
+    plan: &LaunchPlan,
+    tasks: &[OwnedFd],
+    namespace_b: OwnedFd,
+) -> Result<Container, StepError> {
+    for file in tasks {
+        // "0" moves the writer itself, without the global lock that a write
+        // to cgroup.procs takes.
+        rustix::io::write(file, b"0").at("join cgroup", "")?;
+    }
+    namespace::unshare(kind::CGROUP).at("unshare", "cgroup namespace")?;
+    namespace::unshare(kind::PID).at("unshare", "pid namespace")?;
+    ident::set_securebits(ident::securebits::NO_SETUID_FIXUP).at("set", "securebits")?;
+    ident::set_fs_ids(ROOT_IN_A, ROOT_IN_A).at("set", "file ids")?;
+
+    let console = assemble_root(plan)?;
+
+    namespace::enter(&namespace_b, kind::USER).at("enter", "the container's user namespace")?;
+    drop(namespace_b);
+    ident::set_groups(&[]).at("set", "groups")?;
+    ident::set_gid(0).at("set", "gid")?;
+    ident::set_uid(0).at("set", "uid")?;
+    // A changed uid makes a process dumpable or not by a sysctl; be sure.
+    ident::set_dumpable(false).at("set", "dumpable")?;
+    namespace::join_new_session_keyring().at("join", "session keyring")?;
+    confine::forker(plan)?;
+    Ok(Container { console })
+}
+
+fn assemble_root(plan: &LaunchPlan) -> Result<Option<Terminal>, StepError> {
+    // Nothing of later containers may arrive here.
+    let whole =
+        rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at("open", "/")?;
+    mount::set_attributes(
+        &whole,
+        Change {
+            propagation: propagation::PRIVATE,
+            recursive: true,
+            ..Change::default()
+        },
+    )
+    .at("make private", "/")?;
+
+    let staging = rustix::fs::open(
+        format!("/staging/{}", plan.staging),
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .at("open", "the container's staging directory")?;
+    let rootfs = clone_tree(&staging, Path::new("rootfs"), true, false).at("clone", "rootfs")?;
+    mount::attach(&rootfs, CWD, "/new").at("attach", "rootfs")?;
+
+    let pid_namespace = pid_namespace()?;
+    for entry in &plan.mounts {
+        attach_one(&rootfs, &staging, entry, pid_namespace.as_ref())?;
+    }
+    if !plan.cwd.is_empty() && plan.cwd != "/" {
+        make_cwd(&rootfs, &plan.cwd)?;
+    }
+    let console = match plan.console {
+        Some(uid) => Some(bind_console(&rootfs, uid)?),
+        None => None,
+    };
+    mask(&rootfs, &staging, plan)?;
+    if plan.readonly_root {
+        mount::set_attributes(
+            &rootfs,
+            Change {
+                set: attr::RDONLY,
+                ..Change::default()
+            },
+        )
+        .at("make read-only", "/")?;
+    }
+    mount::change_root(&rootfs).at("change root", "")?;
+    Ok(console)
+}
+
+/// The pid namespace that init will be the first process of.
+fn pid_namespace() -> Result<Option<OwnedFd>, StepError> {
+    let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
+    namespace::pid_for_children(&me).map(Some).at(
+        "get the pid namespace of future children (needs Linux 6.17)",
+        "",
+    )
+}
+
+/// Mounts that the sandbox itself stands on: a link there is an attack.
+fn links_for(entry: &Mount) -> Links {
+    let own = ["/proc", "/sys", "/dev"];
+    if own
+        .iter()
+        .any(|p| entry.target == *p || entry.target.starts_with(&format!("{p}/")))
+    {
+        Links::Refused
+    } else {
+        Links::InRoot
+    }
+}
+
+fn attach_one(
+    rootfs: &OwnedFd,
+    staging: &OwnedFd,
+    entry: &Mount,
+    pid_namespace: Option<&OwnedFd>,
+) -> Result<(), StepError> {
+    let (tree, directory) = match &entry.source {
+        MountSource::Staged {
+            name,
+            directory,
+            recursive,
+        } => {
+            let tree = clone_tree(staging, Path::new(name), *recursive, false)
+                .at("clone the mount for", &entry.target)?;
+            (tree, *directory)
+        }
+        MountSource::New { fstype, options } => {
+            (new_mount(fstype, options, entry, pid_namespace)?, true)
+        }
+    };
+    let target = root::target(rootfs, &entry.target, directory, links_for(entry))?;
+    mount::attach(&tree, &target, "").at("mount", &entry.target)
+}
+
+fn new_mount(
+    fstype: &str,
+    options: &[(String, Option<String>)],
+    entry: &Mount,
+    pid_namespace: Option<&OwnedFd>,
+) -> Result<OwnedFd, StepError> {
+    let object = format!("{fstype} on {}", entry.target);
+    let fs = NewFs::open(fstype).at("mount", &object)?;
+    if let (true, Some(ns)) = (fstype == "proc", pid_namespace) {
+        fs.fd("pidns", ns).at(
+            "mount proc of a pid namespace without processes (needs Linux 6.17) for",
+            &object,
+        )?;
+    }
+    for (key, value) in options {
+        match value {
+            Some(value) => fs.string(key, value),
+            None => fs.flag(key),
+        }
+        .at("mount option of", &object)
+        .map_err(StepError::blame_request)?;
+    }
+    fs.mount(entry.attributes).at("mount", &object)
+}
+
+fn make_cwd(rootfs: &OwnedFd, cwd: &str) -> Result<(), StepError> {
+    match root::open_path(rootfs, cwd, Links::InRoot) {
+        Ok(_) => Ok(()),
+        // Not ours to judge here: the process' own chdir says it best.
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Ok(()),
+        Err(_) => root::target(rootfs, cwd, true, Links::InRoot).map(drop),
+    }
+}
+
+fn bind_console(rootfs: &OwnedFd, uid: u32) -> Result<Terminal, StepError> {
+    let pts = root::open_path(rootfs, "/dev/pts", Links::Refused).at("open", "/dev/pts")?;
+    ident::set_fs_ids(ROOT_IN_A + uid, ROOT_IN_A).at("set", "file ids")?;
+    let terminal = Terminal::open(&pts);
+    ident::set_fs_ids(ROOT_IN_A, ROOT_IN_A).at("set", "file ids")?;
+    let terminal = terminal?;
+    let tree = clone_tree(&pts, Path::new(&terminal.number.to_string()), false, false)
+        .at("clone", "/dev/pts")?;
+    let target = root::target(rootfs, "/dev/console", false, Links::Refused)?;
+    mount::attach(&tree, &target, "").at("mount", "/dev/console")?;
+    Ok(terminal)
+}
+
+fn mask(rootfs: &OwnedFd, staging: &OwnedFd, plan: &LaunchPlan) -> Result<(), StepError> {
+    for path in &plan.readonly {
+        let Some(target) = existing(rootfs, path)? else {
+            continue;
+        };
+        let tree = clone_tree(&target, Path::new(""), true, false).at("clone", path)?;
+        mount::set_attributes(
+            &tree,
+            Change {
+                set: attr::RDONLY,
+                recursive: true,
+                ..Change::default()
+            },
+        )
+        .at("make read-only", path)?;
+        mount::attach(&tree, &target, "").at("mount read-only", path)?;
+    }
+    let mut empty: Option<OwnedFd> = None;
+    for path in &plan.masked {
+        let Some(target) = existing(rootfs, path)? else {
+            continue;
+        };
+        let tree = if root::is_directory(&target).at("look at", path)? {
+            let source = match empty.take() {
+                Some(fd) => fd,
+                None => {
+                    let fs = NewFs::open("tmpfs").at("mask", path)?;
+                    fs.string("nr_inodes", "2").at("mask", path)?;
+                    fs.mount(attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC)
+                        .at("mask", path)?
+                }
+            };
+            let tree = clone_tree(&source, Path::new(""), false, false).at("mask", path)?;
+            empty = Some(source);
+            tree
+        } else {
+            null_device(staging)?
+        };
+        mount::attach(&tree, &target, "").at("mask", path)?;
+    }
+    Ok(())
+}
+
+fn existing(rootfs: &OwnedFd, path: &str) -> Result<Option<OwnedFd>, StepError> {
+    match root::open_path(rootfs, path, Links::InRoot) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(e)
+            if matches!(
+                e.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(e) => Err(e).at("open", path),
+    }
+}
+
+/// A mount of the real null device, out of the shim's own /dev: never a file
+/// of that name in the image.
+fn null_device(staging: &OwnedFd) -> Result<OwnedFd, StepError> {
+    let tree = clone_tree(staging, Path::new("dev/null"), false, false).at("clone", "/dev/null")?;
+    let stat = rustix::fs::fstat(tree.as_fd()).at("look at", "/dev/null")?;
+    if stat.st_rdev != rustix::fs::makedev(1, 3) {
+        return Err(StepError::invalid(
+            "mask with",
+            "/dev/null",
+            "not the null device",
+        ));
+    }
+    Ok(tree)
+}

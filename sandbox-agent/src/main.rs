@@ -1,0 +1,25 @@
+//! pid 1 of a pod: root of the pod's user namespace and nothing on the host.
+//!
+//! It executes finished plans and decides nothing: no OCI, no JSON, no policy.
+//! Single-threaded. Started by the shim from a read-only detached mount, with
+//! its control socket as descriptor 3 and the lock of its id range as 4. Ends
+//! when the shim's end of the socket closes; the kernel then ends the pod.
+
+mod confine;
+mod error;
+mod forker;
+mod launch;
+mod passwd;
+mod pod;
+mod root;
+mod spawn;
+
+use casemate_sys::process::exit_now;
+
+fn main() {
+    // Nobody reads a pid-1 panic; abort is what the profile does anyway.
+    exit_now(match pod::run() {
+        Ok(()) => 0,
+        Err(_) => 1,
+    });
+}

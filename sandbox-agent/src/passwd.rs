@@ -1,0 +1,61 @@
+//! HOME of a user, from the image's own /etc/passwd: a hostile file.
+
+use std::fs::File;
+use std::io::Read;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+/// The most of the file that is read, in bytes.
+const LIMIT: u64 = 1024 * 1024;
+
+/// The home directory of `uid`; `/` when the file has none or can't be read.
+/// Called inside the container's root.
+pub fn home(uid: u32) -> String {
+    let read = || -> Option<Vec<u8>> {
+        let root = crate::pod::own_root().ok()?;
+        // NONBLOCK: a fifo of that name must not hang us.
+        let fd = rustix::fs::openat2(
+            root,
+            "etc/passwd",
+            OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
+        )
+        .ok()?;
+        let file = File::from(fd);
+        if !file.metadata().ok()?.is_file() {
+            return None;
+        }
+        let mut bytes = Vec::new();
+        file.take(LIMIT).read_to_end(&mut bytes).ok()?;
+        Some(bytes)
+    };
+    read()
+        .and_then(|bytes| find(&bytes, uid))
+        .unwrap_or_else(|| "/".to_owned())
+}
+
+fn find(bytes: &[u8], uid: u32) -> Option<String> {
+    bytes.split(|b| *b == b'\n').find_map(|line| {
+        let mut fields = line.split(|b| *b == b':');
+        let id = fields.nth(2)?;
+        let home = fields.nth(2)?;
+        let id: u32 = std::str::from_utf8(id).ok()?.parse().ok()?;
+        let home = std::str::from_utf8(home).ok()?;
+        (id == uid && home.starts_with('/') && !home.contains('\0')).then(|| home.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::find;
+
+    #[test]
+    fn the_home_of_a_user_is_found_among_rubbish() {
+        let file = b"\xff\xfe\nroot:x:0:0:root:/root:/bin/sh\nx:y\n:::::\nweb:x:33:33::/srv:\n";
+        assert_eq!(find(file, 0).as_deref(), Some("/root"));
+        assert_eq!(find(file, 33).as_deref(), Some("/srv"));
+        assert_eq!(find(file, 5), None);
+        assert_eq!(find(b"a:x:5:5::relative:", 5), None);
+    }
+}

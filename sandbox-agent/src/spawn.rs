@@ -1,0 +1,341 @@
+//! One process of a container: fork, identity, descriptors, exec.
+//!
+//! Between forker and child there is a socket pair that closes on exec. The
+//! child says "prepared" (with its terminal's master), waits for one packet,
+//! and execs; what it can't do it says as text. End of stream means exec
+//! succeeded.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use casemate_protocol::plan::{ProcessPlan, TerminalSize};
+use casemate_sys::process::{self, Fork};
+use casemate_sys::{exec, message, seccomp};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::termios::Winsize;
+
+use crate::confine;
+use crate::error::{At, StepError};
+use crate::passwd;
+
+/// What a new process gets as 0, 1, 2.
+pub enum Stdio {
+    /// Three open files.
+    Files(Vec<OwnedFd>),
+    /// The terminal that is bound at /dev/console.
+    Terminal(Terminal),
+    /// A terminal yet to be made.
+    NewTerminal,
+}
+
+/// A pseudo terminal of the container's devpts.
+pub struct Terminal {
+    master: OwnedFd,
+    slave: OwnedFd,
+    /// Its name in /dev/pts.
+    pub number: u32,
+}
+
+impl Terminal {
+    /// A new terminal of the devpts at `pts`, owned by the file ids in force.
+    pub fn open(pts: impl AsFd) -> Result<Terminal, StepError> {
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let master =
+            rustix::fs::openat(&pts, "ptmx", flags, Mode::empty()).at("open", "/dev/pts/ptmx")?;
+        rustix::pty::unlockpt(&master).at("unlock", "terminal")?;
+        let slave = rustix::pty::ioctl_tiocgptpeer(
+            &master,
+            rustix::pty::OpenptFlags::RDWR
+                | rustix::pty::OpenptFlags::NOCTTY
+                | rustix::pty::OpenptFlags::CLOEXEC,
+        )
+        .at("open", "terminal")?;
+        let minor = rustix::fs::minor(rustix::fs::fstat(&slave).at("look at", "terminal")?.st_rdev);
+        Ok(Terminal {
+            master,
+            slave,
+            number: minor,
+        })
+    }
+}
+
+/// A child that waits for its Go.
+pub struct Parked(Option<OwnedFd>);
+
+/// What fork_process returns beside pid and pidfd.
+pub struct Prepared {
+    /// To let it go.
+    pub parked: Parked,
+    /// Master of its terminal.
+    pub master: Option<OwnedFd>,
+}
+
+const PREPARED: u8 = b'P';
+const FAILED: u8 = b'F';
+const INVALID: u8 = b'I';
+
+impl Parked {
+    /// Nothing waits.
+    pub fn gone() -> Parked {
+        Parked(None)
+    }
+
+    /// Lets the child exec and waits until it has. On error the child is reaped.
+    pub fn go(self, pidfd: &OwnedFd) -> Result<(), StepError> {
+        let Some(socket) = self.0 else { return Ok(()) };
+        if message::send(&socket, b"G", &[]).is_err() {
+            let _ = process::wait(pidfd);
+            return Err(StepError::invalid(
+                "start",
+                "",
+                "the process ended before exec",
+            ));
+        }
+        match told(&socket) {
+            Ok(None) => Ok(()),
+            Ok(Some(_)) => Ok(()),
+            Err(error) => {
+                let _ = process::wait(pidfd);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// What the child says next: `None` is the end of the stream.
+fn told(socket: &OwnedFd) -> Result<Option<Option<OwnedFd>>, StepError> {
+    let mut buffer = [0u8; 4096];
+    match message::receive(socket, &mut buffer, true).at("hear from", "the new process")? {
+        None => Ok(None),
+        Some((n, mut fds)) => match buffer[..n].split_first() {
+            Some((&PREPARED, _)) => Ok(Some(fds.pop())),
+            Some((kind, text)) => {
+                let text = String::from_utf8_lossy(text);
+                let error = StepError::invalid("start process", "", &text);
+                Err(if *kind == INVALID {
+                    error
+                } else {
+                    StepError {
+                        invalid: false,
+                        ..error
+                    }
+                })
+            }
+            None => Ok(None),
+        },
+    }
+}
+
+/// Forks a child of the container, ready to exec.
+pub fn fork_process(
+    plan: &ProcessPlan,
+    stdio: Stdio,
+) -> Result<(u32, OwnedFd, Prepared), StepError> {
+    let (ours, theirs) = message::pair().at("make", "socket pair")?;
+    match process::fork().map_err(exhausted)? {
+        Fork::Child => {
+            drop(ours);
+            let error = become_process(plan, stdio, &theirs);
+            let kind = if error.invalid { INVALID } else { FAILED };
+            let mut text = vec![kind];
+            text.extend_from_slice(casemate_protocol::clip(&error.to_string()).as_bytes());
+            let _ = message::send(&theirs, &text, &[]);
+            process::exit_now(127)
+        }
+        Fork::Parent(pid, pidfd) => {
+            drop(theirs);
+            let said = told(&ours).and_then(|said| {
+                said.ok_or_else(|| StepError::invalid("start process", "", "it died at once"))
+            });
+            match said {
+                Ok(master) => Ok((
+                    pid,
+                    pidfd,
+                    Prepared {
+                        parked: Parked(Some(ours)),
+                        master,
+                    },
+                )),
+                Err(error) => {
+                    let _ = process::wait(&pidfd);
+                    Err(error)
+                }
+            }
+        }
+    }
+}
+
+/// fork fails in ways that say little; what they mean here.
+fn exhausted(error: io::Error) -> StepError {
+    let reason = match error.raw_os_error() {
+        Some(libc_eagain) if libc_eagain == rustix::io::Errno::AGAIN.raw_os_error() => {
+            "the pids limit of the container is used up (linux.resources.pids.limit)".to_owned()
+        }
+        Some(nomem) if nomem == rustix::io::Errno::NOMEM.raw_os_error() => {
+            "the container's init has ended, or its memory is used up".to_owned()
+        }
+        _ => error.to_string(),
+    };
+    StepError {
+        invalid: false,
+        ..StepError::invalid("fork process", "", &reason)
+    }
+}
+
+/// In the child: everything up to exec. Returns only what went wrong.
+fn become_process(plan: &ProcessPlan, stdio: Stdio, status: &OwnedFd) -> StepError {
+    match prepare_and_exec(plan, stdio, status) {
+        Ok(never) => match never {},
+        Err(error) => error,
+    }
+}
+
+fn prepare_and_exec(
+    plan: &ProcessPlan,
+    stdio: Stdio,
+    status: &OwnedFd,
+) -> Result<std::convert::Infallible, StepError> {
+    process::reset_signals();
+    rustix::process::setsid().at("start", "session")?;
+    let (files, master) = descriptors(plan, stdio)?;
+    for limit in &plan.limits {
+        process::set_limit(0, limit.resource, limit.soft, limit.hard)
+            .at("set process.rlimits: resource", limit.resource.to_string())?;
+    }
+    if let Some(mask) = plan.umask {
+        rustix::process::umask(Mode::from_raw_mode(mask));
+    }
+    // As root first (a directory that only root may enter is a fair place to
+    // start), as the user below if that fails.
+    let early = rustix::process::chdir(plan.cwd.as_str());
+    confine::identity(plan)?;
+    if early.is_err() {
+        rustix::process::chdir(plan.cwd.as_str())
+            .at("change to process.cwd", &plan.cwd)
+            .map_err(StepError::blame_request)?;
+    }
+    // A directory outside the root (through a leaked descriptor, say) shows
+    // as "(unreachable)…".
+    let cwd = rustix::process::getcwd(Vec::new()).at("look at process.cwd", &plan.cwd)?;
+    if cwd.as_bytes().first() != Some(&b'/') {
+        return Err(StepError::invalid(
+            "change to process.cwd",
+            &plan.cwd,
+            "outside the root",
+        ));
+    }
+    let mut env = plan.env.clone();
+    if !env.iter().any(|e| e.starts_with("HOME=")) {
+        env.push(format!("HOME={}", passwd::home(plan.uid)));
+    }
+    let binary = find_binary(&plan.args, &env)?;
+    let (path, args, env) = (c_string(&binary)?, c_strings(&plan.args)?, c_strings(&env)?);
+
+    let ready: Vec<_> = master.iter().map(AsFd::as_fd).collect();
+    message::send(status, &[PREPARED], &ready).at("tell", "forker")?;
+    drop(master);
+    let mut go = [0u8; 1];
+    if message::receive(status, &mut go, true)
+        .at("wait for", "start")?
+        .is_none()
+    {
+        process::exit_now(0);
+    }
+    exec::install_descriptors(files).at("install", "descriptors")?;
+    if !plan.filter.is_empty() {
+        seccomp::install_filter(&plan.filter, plan.filter_flags)
+            .at("install filter of", "linux.seccomp")?;
+    }
+    Err(exec::exec(&path, &args, &env))
+        .at("execute", &binary)
+        .map_err(StepError::blame_request)
+}
+
+type Descriptors = (Vec<OwnedFd>, Option<OwnedFd>);
+
+fn descriptors(plan: &ProcessPlan, stdio: Stdio) -> Result<Descriptors, StepError> {
+    let terminal = match stdio {
+        Stdio::Files(files) if files.len() == 3 => return Ok((files, None)),
+        Stdio::Files(_) => return Err(StepError::invalid("spawn", "", "not three descriptors")),
+        Stdio::Terminal(terminal) => terminal,
+        Stdio::NewTerminal => {
+            let pts = rustix::fs::openat(
+                CWD,
+                "/dev/pts",
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .at("open", "/dev/pts")?;
+            // The terminal belongs to whom the process will be.
+            casemate_sys::ident::set_fs_ids(plan.uid, plan.gid).at("set", "file ids")?;
+            let terminal = Terminal::open(pts);
+            casemate_sys::ident::set_fs_ids(0, 0).at("set", "file ids")?;
+            terminal?
+        }
+    };
+    exec::set_controlling_terminal(&terminal.slave).at("control", "terminal")?;
+    if let Some(TerminalSize { rows, columns }) = plan.terminal
+        && (rows, columns) != (0, 0)
+    {
+        let size = Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        rustix::termios::tcsetwinsize(&terminal.slave, size).at("size", "terminal")?;
+    }
+    let copy = || terminal.slave.try_clone().at("copy", "terminal");
+    Ok((vec![copy()?, copy()?, copy()?], Some(terminal.master)))
+}
+
+/// The file that `args[0]` names, as execvp(3) would find it.
+fn find_binary(args: &[String], env: &[String]) -> Result<String, StepError> {
+    let Some(name) = args.first().filter(|n| !n.is_empty()) else {
+        return Err(StepError::invalid("execute", "process.args", "empty"));
+    };
+    if name.contains('/') {
+        return executable(name)
+            .map(|()| name.clone())
+            .at("execute", name)
+            .map_err(StepError::blame_request);
+    }
+    let path = env
+        .iter()
+        .find_map(|e| e.strip_prefix("PATH="))
+        .unwrap_or("/bin:/usr/bin");
+    let mut denied = false;
+    for dir in path.split(':') {
+        let dir = if dir.is_empty() { "." } else { dir };
+        let candidate = format!("{dir}/{name}");
+        match executable(&candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(e) => denied |= e.kind() == io::ErrorKind::PermissionDenied,
+        }
+    }
+    let reason = if denied {
+        "permission denied"
+    } else {
+        "executable file not found in $PATH"
+    };
+    Err(StepError::invalid("execute", name, reason))
+}
+
+fn executable(path: &str) -> io::Result<()> {
+    rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)?;
+    let kind = FileType::from_raw_mode(rustix::fs::stat(path)?.st_mode);
+    if kind == FileType::RegularFile {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+}
+
+fn c_string(text: &str) -> Result<CString, StepError> {
+    CString::new(text).map_err(|_| StepError::invalid("execute", text, "a NUL byte inside"))
+}
+
+fn c_strings(texts: &[String]) -> Result<Vec<CString>, StepError> {
+    texts.iter().map(|t| c_string(t)).collect()
+}
