@@ -1,0 +1,359 @@
+//! `delete`: undoes what the journal says, with the shim dead, wedged, or
+//! alive and well beside us. Run after ordinary deletions too, and the daemon
+//! waits for it: no runtime, a few system calls when there is nothing to do.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use casemate_cgroup::Cgroup;
+use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
+use protobuf::{Message, MessageField};
+use rustix::mount::UnmountFlags;
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use super::flags::Flags;
+use super::journal::{self, Entry, Journal};
+use super::proc;
+use crate::events::timestamp;
+
+/// In every other container's bundle, a symbolic link to the pod's bundle.
+pub const POD_LINK: &str = "casemate.pod";
+
+/// 128 + SIGKILL: what is reported of a process that nobody saw end.
+const KILLED: u32 = 137;
+const PROBE_WITHIN: Duration = Duration::from_secs(1);
+const KILL_WITHIN: Duration = Duration::from_secs(1);
+/// For logging binaries to finish after the end of their input.
+const LOGGERS_WITHIN: Duration = Duration::from_secs(1);
+
+/// Runs the action; the answer goes to stdout, warnings to stderr.
+pub fn run(flags: &Flags) -> Result<(), String> {
+    let bundle = if flags.bundle.is_empty() {
+        // The working directory may have been removed under us already.
+        std::env::current_dir().unwrap_or_default()
+    } else {
+        PathBuf::from(&flags.bundle)
+    };
+    let answer = clean(&bundle, &flags.id)
+        .write_to_bytes()
+        .map_err(|error| format!("encode the answer: {error}"))?;
+    io::stdout()
+        .write_all(&answer)
+        .map_err(|error| format!("print the answer: {error}"))
+}
+
+fn clean(bundle: &Path, id: &str) -> DeleteResponse {
+    let own = bundle.join(journal::NAME);
+    let (pod, is_pod) = if own.exists() {
+        (bundle.to_path_buf(), true)
+    } else {
+        (bundle.join(POD_LINK), false)
+    };
+    let facts = Facts::gather(Journal::read(&pod.join(journal::NAME)));
+    if is_pod {
+        clean_pod(&pod, &facts);
+    } else if let Some(container) = facts.containers.get(id)
+        && !facts.removed.contains(id)
+    {
+        clean_container(id, container, Instant::now() + LOGGERS_WITHIN);
+        unmount_rootfs(bundle);
+    }
+    facts.answer(id)
+}
+
+/// The journal, by subject.
+#[derive(Debug, Default)]
+struct Facts {
+    shim: Option<(u32, u64)>,
+    agents: Vec<(u32, u64)>,
+    sockets: Vec<PathBuf>,
+    containers: BTreeMap<String, Container>,
+    removed: BTreeSet<String>,
+}
+
+#[derive(Debug, Default)]
+struct Container {
+    cgroups: Vec<PathBuf>,
+    loggers: Vec<(u32, u64)>,
+    bundle: Option<PathBuf>,
+    exit: Option<(u32, u64, u32)>,
+    init: u32,
+}
+
+impl Facts {
+    fn gather(entries: Vec<Entry>) -> Facts {
+        let mut facts = Facts::default();
+        for entry in entries {
+            match entry {
+                Entry::Shim { pid, start_time } => facts.shim = Some((pid, start_time)),
+                Entry::Socket(path) => facts.sockets.push(path),
+                Entry::Agent { pid, start_time } => facts.agents.push((pid, start_time)),
+                Entry::Cgroup { container, dirs } => {
+                    let known = &mut facts.containers.entry(container).or_default().cgroups;
+                    known.extend(dirs);
+                }
+                Entry::Container { id, bundle } => {
+                    // The id may be used again after a removal: its old exit
+                    // and cgroups are history. Loggers have an identity, and
+                    // init's is older than the second entry of its container.
+                    facts.removed.remove(&id);
+                    let known = facts.containers.entry(id).or_default();
+                    *known = Container {
+                        bundle: Some(bundle),
+                        loggers: std::mem::take(&mut known.loggers),
+                        ..Container::default()
+                    };
+                }
+                Entry::Exit {
+                    container,
+                    status,
+                    at,
+                    pid,
+                } => {
+                    facts.containers.entry(container).or_default().exit = Some((status, at, pid));
+                }
+                Entry::Init { container, pid } => {
+                    facts.containers.entry(container).or_default().init = pid;
+                }
+                Entry::Logger {
+                    container,
+                    pid,
+                    start_time,
+                } => {
+                    let known = &mut facts.containers.entry(container).or_default().loggers;
+                    known.push((pid, start_time));
+                }
+                Entry::Removed(id) => {
+                    facts.removed.insert(id);
+                }
+            }
+        }
+        facts
+    }
+
+    /// Containers that may still have something on the host.
+    fn left(&self) -> impl Iterator<Item = (&String, &Container)> {
+        self.containers
+            .iter()
+            .filter(|(id, _)| !self.removed.contains(*id))
+    }
+
+    fn answer(&self, id: &str) -> DeleteResponse {
+        let container = self.containers.get(id);
+        let exit = container.and_then(|container| container.exit);
+        let (status, at, pid) = match exit {
+            Some((status, at, pid)) => (status, UNIX_EPOCH + Duration::from_nanos(at), pid),
+            None => (KILLED, SystemTime::now(), container.map_or(0, |c| c.init)),
+        };
+        DeleteResponse {
+            pid,
+            exit_status: status,
+            exited_at: MessageField::some(timestamp(at)),
+            ..DeleteResponse::default()
+        }
+    }
+}
+
+fn clean_pod(bundle: &Path, facts: &Facts) {
+    if let Some(shim) = facts.shim.and_then(|(pid, start)| proc::open(pid, start)) {
+        if answers(facts) {
+            if facts.left().next().is_none() {
+                // On its way out, or never used: it goes cleanly.
+                let _gone = casemate_sys::signal::pidfd_send_signal(shim.as_fd(), libc::SIGTERM);
+                proc::wait(&shim, PROBE_WITHIN);
+            }
+            return;
+        }
+        end(&shim, "shim");
+    }
+    for (pid, start) in &facts.agents {
+        if let Some(agent) = proc::open(*pid, *start) {
+            end(&agent, "agent");
+        }
+    }
+    let until = Instant::now() + LOGGERS_WITHIN;
+    for (id, container) in facts.left() {
+        clean_container(id, container, until);
+        if let Some(bundle) = &container.bundle {
+            unmount_rootfs(bundle);
+        }
+    }
+    unmount_rootfs(bundle);
+    for socket in &facts.sockets {
+        remove_socket(socket);
+    }
+    if let Ok(journal) = Journal::open(bundle) {
+        for (id, _) in facts.left() {
+            // If this can't be written, the next delete does the work again.
+            let _again = journal.record(Entry::Removed(id.clone()));
+        }
+    }
+}
+
+fn clean_container(id: &str, container: &Container, until: Instant) {
+    kill_cgroups(id, container);
+    for (pid, start) in &container.loggers {
+        let Some(logger) = proc::open(*pid, *start) else {
+            continue;
+        };
+        // The container is dead: one that reads until the end goes by itself.
+        if !proc::wait(&logger, until.saturating_duration_since(Instant::now())) {
+            // Its children with it; it is the leader of its group.
+            let group = i32::try_from(*pid).ok().and_then(Pid::from_raw);
+            let _gone = group.map(|group| kill_process_group(group, Signal::KILL));
+            end(&logger, "logging binary");
+        }
+    }
+}
+
+fn kill_cgroups(id: &str, container: &Container) {
+    if container.cgroups.is_empty() {
+        return;
+    }
+    let cgroup = Cgroup::open(&container.cgroups);
+    if let Err(error) = cgroup.kill(libc::SIGKILL, &[]) {
+        warn(&format!("kill container {id}: {error}"));
+    }
+    if let Err(error) = cgroup.remove(KILL_WITHIN) {
+        warn(&format!("remove the cgroup of container {id}: {error}"));
+    }
+}
+
+fn end(pidfd: &OwnedFd, what: &str) {
+    if !proc::kill(pidfd, KILL_WITHIN) {
+        warn(&format!(
+            "{what} killed, but not gone after {KILL_WITHIN:?}"
+        ));
+    }
+}
+
+/// A socket path is reused by the next shim of the group: only one that
+/// nobody listens on any more goes.
+fn remove_socket(path: &Path) {
+    if UnixStream::connect(path).is_ok() {
+        return;
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            warn(&format!("remove {}: {error}", path.display()));
+        }
+        _ => {}
+    }
+}
+
+/// Nothing of ours is mounted there, but containerd expects it free.
+fn unmount_rootfs(bundle: &Path) {
+    let rootfs = bundle.join("rootfs");
+    let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+    // Stacked mounts come off one by one; EINVAL: none is left.
+    for _ in 0..16 {
+        if rustix::mount::unmount(&rootfs, flags).is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether the shim answers `Connect`, which takes no lock of its.
+fn answers(facts: &Facts) -> bool {
+    facts
+        .sockets
+        .last()
+        .is_some_and(|socket| probe(socket).is_ok())
+}
+
+/// One ttrpc call: a ten-byte header (length, stream, type, flags), a request;
+/// any well-formed response is a sign of life.
+fn probe(socket: &Path) -> io::Result<()> {
+    let request = ttrpc::Request {
+        service: "containerd.task.v2.Task".to_owned(),
+        method: "Connect".to_owned(),
+        payload: ConnectRequest::default().write_to_bytes()?,
+        ..ttrpc::Request::default()
+    }
+    .write_to_bytes()?;
+    let length = u32::try_from(request.len()).map_err(io::Error::other)?;
+    let mut frame = Vec::with_capacity(10 + request.len());
+    frame.extend(length.to_be_bytes());
+    frame.extend(1u32.to_be_bytes());
+    frame.extend([1, 0]);
+    frame.extend(request);
+
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(PROBE_WITHIN))?;
+    stream.set_write_timeout(Some(PROBE_WITHIN))?;
+    stream.write_all(&frame)?;
+    let mut header = [0; 10];
+    stream.read_exact(&mut header)?;
+    if header[8] == 2 {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::InvalidData.into())
+    }
+}
+
+fn warn(text: &str) {
+    // stderr may be closed; the work is done regardless.
+    let _lost = writeln!(io::stderr(), "containerd-shim-casemate-v2: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn container(id: &str) -> Entry {
+        Entry::Container {
+            id: id.into(),
+            bundle: "/b".into(),
+        }
+    }
+
+    #[test]
+    fn the_recorded_exit_is_answered_and_137_where_there_is_none() {
+        let facts = Facts::gather(vec![
+            container("a"),
+            Entry::exit("a", 3, UNIX_EPOCH + Duration::from_secs(9), 77),
+            Entry::Removed("a".into()),
+            container("b"),
+        ]);
+        let a = facts.answer("a");
+        assert_eq!((a.pid, a.exit_status, a.exited_at.seconds), (77, 3, 9));
+        let b = facts.answer("b");
+        assert_eq!((b.pid, b.exit_status), (0, 137));
+        assert_eq!(facts.answer("never seen").exit_status, 137);
+        let left: Vec<&String> = facts.left().map(|(id, _)| id).collect();
+        assert_eq!(left, ["b"]);
+    }
+
+    #[test]
+    fn an_id_used_again_starts_with_a_clean_sheet() {
+        let facts = Facts::gather(vec![
+            container("a"),
+            Entry::exit("a", 3, UNIX_EPOCH, 77),
+            Entry::Removed("a".into()),
+            container("a"),
+        ]);
+        assert_eq!(facts.answer("a").exit_status, 137);
+        assert_eq!(facts.left().count(), 1);
+    }
+
+    #[test]
+    fn a_logger_is_known_though_its_container_is_entered_again_after_it() {
+        let logger = Entry::Logger {
+            container: "a".into(),
+            pid: 5,
+            start_time: 6,
+        };
+        let facts = Facts::gather(vec![container("a"), logger, container("a")]);
+        assert_eq!(facts.containers["a"].loggers, [(5, 6)]);
+    }
+
+    #[test]
+    fn a_bundle_that_has_gone_is_no_error() {
+        let answer = clean(Path::new("/nonexistent/bundle"), "a");
+        assert_eq!(answer.exit_status, 137);
+    }
+}

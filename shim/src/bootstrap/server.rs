@@ -1,0 +1,194 @@
+//! The server: descriptor 0 is the listening socket, descriptor 1 tells
+//! `start` that we are ready, or in one line why we are not.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{Stream, StreamExt};
+use rustix::fs::{Mode, OFlags};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use ttrpc::r#async::Server;
+use ttrpc::r#async::transport::Listener;
+
+use super::flags::Flags;
+use super::journal::{Entry, Journal};
+use super::proc;
+use super::start::READY;
+use crate::error::one_line;
+use crate::events::{Events, socket_path};
+use crate::host::lockdown;
+use crate::pod::Pod;
+use crate::sandbox::{PodRequest, Sandbox};
+use crate::service;
+
+/// How long events may still be handed over before the shim ends.
+const DRAIN: Duration = Duration::from_secs(5);
+/// For the reply to Shutdown to leave: the one thread runs all that is ready,
+/// the connection's writer among it, before it looks at timers.
+const LAST_REPLY: Duration = Duration::from_millis(1);
+
+/// Serves until the last container is gone and Shutdown was asked for.
+pub fn run(flags: &Flags) -> Result<(), String> {
+    let mut ready = duplicate(io::stdout().as_fd()).map(File::from)?;
+    let prepared = prepare(flags);
+    let told = match &prepared {
+        Ok(_) => ready.write_all(READY),
+        Err(error) => ready.write_all(one_line(error).as_bytes()),
+    };
+    drop(ready);
+    told.map_err(|error| format!("tell start that the shim is ready: {error}"))?;
+    let prepared = prepared?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(|error| format!("make the event loop: {error}"))?;
+    let socket = prepared.socket.clone();
+    let served = runtime.block_on(serve(prepared));
+    if let Err(error) = &served {
+        log::error!("{error}");
+    }
+    if let Err(error) = std::fs::remove_file(&socket) {
+        log::warn!("remove {}: {error}", socket.display());
+    }
+    served
+}
+
+struct Prepared {
+    listener: StdListener,
+    socket: PathBuf,
+    bundle: PathBuf,
+    journal: Arc<Journal>,
+    events: PathBuf,
+    namespace: String,
+    pod_id: String,
+}
+
+/// Everything that can fail before anybody connects.
+fn prepare(flags: &Flags) -> Result<Prepared, String> {
+    let listener = duplicate(io::stdin().as_fd()).map(StdListener::from)?;
+    leave_start_behind()?;
+    let bundle =
+        std::env::current_dir().map_err(|error| format!("read the working directory: {error}"))?;
+    crate::log::init(&bundle, flags.debug);
+    let events = socket_path(&flags.events)?;
+    let journal = Journal::open(&bundle)
+        .map_err(|error| format!("open the journal in {}: {error}", bundle.display()))?;
+    let pid = std::process::id();
+    let start_time =
+        proc::start_time(pid).ok_or_else(|| "read our own start time from /proc".to_owned())?;
+    let socket = PathBuf::from(&flags.socket);
+    for entry in [
+        Entry::Shim { pid, start_time },
+        Entry::Socket(socket.clone()),
+    ] {
+        journal
+            .record(entry)
+            .map_err(|error| format!("write the journal in {}: {error}", bundle.display()))?;
+    }
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .map_err(|error| format!("become the subreaper: {error}"))?;
+    listener
+        .set_nonblocking(true)
+        .map_err(|error| format!("prepare the listening socket: {error}"))?;
+    Ok(Prepared {
+        listener,
+        socket,
+        bundle,
+        journal: Arc::new(journal),
+        events,
+        namespace: flags.namespace.clone(),
+        pod_id: flags.id.clone(),
+    })
+}
+
+/// A session of our own, and none of the descriptors of `start`.
+fn leave_start_behind() -> Result<(), String> {
+    rustix::process::setsid().map_err(|error| format!("make a session: {error}"))?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| format!("open /dev/null: {error}"))?;
+    rustix::stdio::dup2_stdin(&null)
+        .and_then(|()| rustix::stdio::dup2_stdout(&null))
+        .and_then(|()| rustix::stdio::dup2_stderr(&null))
+        .map_err(|error| format!("point standard descriptors to /dev/null: {error}"))
+}
+
+fn duplicate(fd: std::os::fd::BorrowedFd<'_>) -> Result<std::os::fd::OwnedFd, String> {
+    fd.try_clone_to_owned().map_err(|error| {
+        format!("take over an inherited descriptor (serve is run by start only): {error}")
+    })
+}
+
+async fn serve(prepared: Prepared) -> Result<(), String> {
+    let events = Events::new(&prepared.namespace);
+    // Before anything is accepted: the agent starts while containerd connects.
+    let sandbox = Sandbox::start(PodRequest {
+        pod_id: prepared.pod_id.clone(),
+        bundle: prepared.bundle.clone(),
+    })
+    .and_then(|sandbox| lockdown::lock().map(|()| sandbox));
+    if let Err(error) = &sandbox {
+        log::error!("pod {}: {error}", prepared.pod_id);
+    }
+    let pod = Pod::new(prepared.bundle, events.clone(), prepared.journal, sandbox);
+
+    let mut terminate =
+        signal(SignalKind::terminate()).map_err(|error| format!("watch SIGTERM: {error}"))?;
+    let mut interrupt =
+        signal(SignalKind::interrupt()).map_err(|error| format!("watch SIGINT: {error}"))?;
+    let listener = UnixListener::from_std(prepared.listener)
+        .map_err(|error| format!("watch the listening socket: {error}"))?;
+    // ttrpc panics at its end when this stream can end.
+    let connections = connections(listener).chain(futures::stream::pending());
+    let mut server = Server::new()
+        .register_service(service::services(pod.clone()))
+        .add_listener(Listener::new(connections));
+    server
+        .start()
+        .await
+        .map_err(|error| format!("serve ttrpc: {error}"))?;
+    tokio::spawn(events.clone().run(prepared.events));
+    tokio::spawn(pod.clone().watch_agent());
+    log::debug!("pod {}: serving", prepared.pod_id);
+
+    tokio::select! {
+        () = pod.may_leave() => {}
+        _ = terminate.recv() => pod.end_all().await,
+        _ = interrupt.recv() => pod.end_all().await,
+    }
+    tokio::time::sleep(LAST_REPLY).await;
+    pod.stop_sandbox().await;
+    events.drain(DRAIN).await;
+    log::debug!("pod {}: done", prepared.pod_id);
+    Ok(())
+}
+
+/// Accepted connections of our own user; anybody else is hung up on.
+fn connections(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> + Send {
+    futures::stream::unfold(listener, |listener| async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) if is_same_user(&stream) => return Some((Ok(stream), listener)),
+                Ok(_) => log::warn!("connection of another user refused"),
+                Err(error) => {
+                    // Out of descriptors, most likely: later there may be some.
+                    log::error!("accept: {error}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    })
+}
+
+fn is_same_user(stream: &UnixStream) -> bool {
+    stream
+        .peer_cred()
+        .is_ok_and(|peer| peer.uid() == rustix::process::geteuid().as_raw())
+}

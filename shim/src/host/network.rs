@@ -1,0 +1,130 @@
+//! The pod's network namespace, always owned by the host's user namespace:
+//! what the shim sets in it, the pod can't undo.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+
+use casemate_spec::Namespace;
+use casemate_sys::mount::{NewFs, attr};
+use casemate_sys::namespace::{self, kind};
+use rustix::fs::{Mode, OFlags};
+
+use super::Step;
+use super::ids::CONTAINER_IDS;
+use crate::sandbox::SandboxError;
+
+/// The namespace, and a read-only view of its /sys.
+pub struct Network {
+    /// `None`: the host's own.
+    namespace: Option<OwnedFd>,
+    host: OwnedFd,
+    sysfs: OwnedFd,
+}
+
+fn open_ns(path: &str) -> Result<OwnedFd, SandboxError> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .step("open network namespace", path)
+}
+
+impl Network {
+    /// Makes or opens the namespace and prepares it for containers whose root
+    /// is host id `container_root`. `sysctls` are the spec's `net.*`.
+    pub fn prepare(
+        wanted: &Namespace,
+        container_root: u32,
+        sysctls: &[(&str, &str)],
+    ) -> Result<Network, SandboxError> {
+        let host = open_ns("/proc/self/ns/net")?;
+        let namespace = match wanted {
+            Namespace::Host => None,
+            Namespace::Path(path) => {
+                let fd = open_ns(path)?;
+                namespace::enter(&fd, kind::NET).step("enter network namespace", path)?;
+                Some(fd)
+            }
+            Namespace::New => {
+                namespace::unshare(kind::NET).step("unshare", "network namespace")?;
+                match open_ns("/proc/thread-self/ns/net") {
+                    Ok(fd) => Some(fd),
+                    Err(e) => {
+                        back(&host);
+                        return Err(e);
+                    }
+                }
+            }
+        };
+        let new = matches!(wanted, Namespace::New);
+        let prepared = set_up(namespace.is_some(), new, container_root, sysctls);
+        back(&host);
+        Ok(Network {
+            namespace,
+            host,
+            sysfs: prepared?,
+        })
+    }
+
+    /// Runs `f` inside the namespace.
+    pub fn inside<T>(
+        &self,
+        f: impl FnOnce() -> Result<T, SandboxError>,
+    ) -> Result<T, SandboxError> {
+        let Some(own) = &self.namespace else {
+            return f();
+        };
+        namespace::enter(own, kind::NET).step("enter", "the pod's network namespace")?;
+        let result = f();
+        back(&self.host);
+        result
+    }
+
+    /// The namespace; `None` is the host's.
+    pub fn namespace(&self) -> Option<&OwnedFd> {
+        self.namespace.as_ref()
+    }
+
+    /// A detached, read-only mount of the namespace's /sys.
+    pub fn sysfs(&self) -> &OwnedFd {
+        &self.sysfs
+    }
+}
+
+/// Back to the host's namespace, or not at all: a shim that talks to
+/// containerd from a pod's network is worse than none.
+fn back(host: &OwnedFd) {
+    if namespace::enter(host, kind::NET).is_err() {
+        std::process::abort();
+    }
+}
+
+fn set_up(
+    own: bool,
+    new: bool,
+    container_root: u32,
+    sysctls: &[(&str, &str)],
+) -> Result<OwnedFd, SandboxError> {
+    if new {
+        namespace::loopback_up().step("bring up", "lo")?;
+    }
+    if own {
+        // No capability over this namespace exists in the pod, so ports below
+        // 1024 and ping are opened by its own parameters. Groups are host ids.
+        let last = container_root + CONTAINER_IDS - 1;
+        set("net/ipv4/ip_unprivileged_port_start", "0")?;
+        set(
+            "net/ipv4/ping_group_range",
+            &format!("{container_root} {last}"),
+        )?;
+        for (name, value) in sysctls {
+            if *name != "net.ipv4.ping_group_range" {
+                set(&name.replace('.', "/"), value)?;
+            }
+        }
+    }
+    NewFs::open("sysfs")
+        .and_then(|fs| fs.mount(attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC))
+        .step("mount", "sysfs of the pod's network namespace")
+}
+
+fn set(name: &str, value: &str) -> Result<(), SandboxError> {
+    fs::write(format!("/proc/sys/{name}"), value).step("set sysctl", format!("{name}={value}"))
+}

@@ -1,0 +1,202 @@
+//! Moving bytes: `splice` between pipes, a small buffer for terminals and files.
+
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::pipe::SpliceFlags;
+use tokio::io::unix::AsyncFd;
+
+use super::target::Output;
+
+/// A pipe's default capacity (pipe(7)).
+const CHUNK: usize = 64 * 1024;
+/// Terminals hand out at most a page at a time.
+const TTY_CHUNK: usize = 4096;
+
+/// Copies a pipe to wherever its output goes, until its last writer closes it.
+pub async fn pipe_to(source: AsyncFd<OwnedFd>, sink: Output) -> io::Result<()> {
+    match sink {
+        Output::Fifo(fifo) => splice_all(&source, &fifo).await,
+        other => read_all(&source, other, CHUNK).await,
+    }
+}
+
+/// Copies a terminal's output until it hangs up.
+pub async fn terminal_to(master: &AsyncFd<OwnedFd>, sink: Output) -> io::Result<()> {
+    read_all(master, sink, TTY_CHUNK).await
+}
+
+/// Moves everything from one pipe to another.
+pub async fn splice_all(source: &AsyncFd<OwnedFd>, sink: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    loop {
+        let mut readable = source.readable().await?;
+        let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+        let moved = rustix::pipe::splice(source, None, sink, None, CHUNK, flags);
+        match moved {
+            Ok(0) => return Ok(()),
+            Ok(_) | Err(Errno::INTR) => {}
+            // Which end? Only the kernel knows now; a change after this look
+            // comes as an event of its own.
+            Err(Errno::AGAIN) if is_ready(source, PollFlags::IN)? => {
+                let mut writable = sink.writable().await?;
+                if !is_ready(sink, PollFlags::OUT)? {
+                    writable.clear_ready();
+                }
+            }
+            Err(Errno::AGAIN) => readable.clear_ready(),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Types a fifo's bytes into a terminal.
+pub async fn to_terminal(source: &AsyncFd<OwnedFd>, master: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    let mut buffer = vec![0; TTY_CHUNK];
+    loop {
+        let count = read_some(source, &mut buffer).await?;
+        if count == 0 {
+            return Ok(());
+        }
+        write_all(master, &buffer[..count]).await?;
+    }
+}
+
+async fn read_all(source: &AsyncFd<OwnedFd>, mut sink: Output, chunk: usize) -> io::Result<()> {
+    let mut buffer = vec![0; chunk];
+    loop {
+        let count = read_some(source, &mut buffer).await?;
+        if count == 0 {
+            return Ok(());
+        }
+        let bytes = &buffer[..count];
+        match &mut sink {
+            Output::Fifo(fifo) => write_all(fifo, bytes).await?,
+            Output::File(file) => file.write_all(bytes)?,
+            Output::Null => {}
+        }
+    }
+}
+
+/// Bytes read; 0 at the end, which for a terminal is EIO: no slave is open.
+async fn read_some(source: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        let mut readable = source.readable().await?;
+        match rustix::io::read(source, &mut *buffer) {
+            Ok(count) => return Ok(count),
+            Err(Errno::IO) => return Ok(0),
+            Err(Errno::AGAIN) => readable.clear_ready(),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+async fn write_all(sink: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let mut writable = sink.writable().await?;
+        match rustix::io::write(sink, bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(Errno::AGAIN) => writable.clear_ready(),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn is_ready(fd: &AsyncFd<OwnedFd>, what: PollFlags) -> io::Result<bool> {
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::new(fd, what)];
+    match rustix::event::poll(&mut fds, Some(&now)) {
+        Ok(count) => Ok(count > 0),
+        Err(Errno::INTR) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::watch;
+    use rustix::pipe::PipeFlags;
+    use std::time::Duration;
+    use tokio::io::Interest;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    }
+
+    fn pipe() -> (OwnedFd, OwnedFd) {
+        rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap()
+    }
+
+    #[test]
+    fn every_byte_passes_a_slow_reader_and_then_the_end() {
+        const TOTAL: usize = 5 << 20;
+        runtime().block_on(async {
+            let (source_read, source_write) = pipe();
+            let (sink_read, sink_write) = pipe();
+            let source = watch(source_read, Interest::READABLE).unwrap();
+            let sink = watch(sink_write, Interest::WRITABLE).unwrap();
+            let copy = tokio::spawn(async move { splice_all(&source, &sink).await });
+            let writer = watch(source_write, Interest::WRITABLE).unwrap();
+            let produce = tokio::spawn(async move {
+                let bytes: Vec<u8> = (0..TOTAL).map(|n| (n % 251) as u8).collect();
+                write_all(&writer, &bytes).await.unwrap();
+            });
+            let reader = watch(sink_read, Interest::READABLE).unwrap();
+            let mut seen = 0;
+            let mut buffer = vec![0; 100_000];
+            loop {
+                let count = read_some(&reader, &mut buffer).await.unwrap();
+                if count == 0 {
+                    break;
+                }
+                for byte in &buffer[..count] {
+                    assert_eq!(*byte, (seen % 251) as u8);
+                    seen += 1;
+                }
+                if seen % 7 == 0 {
+                    tokio::time::sleep(Duration::from_micros(200)).await;
+                }
+            }
+            assert_eq!(seen, TOTAL);
+            produce.await.unwrap();
+            copy.await.unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_full_sink_costs_no_processor_time() {
+        runtime().block_on(async {
+            let (source_read, source_write) = pipe();
+            let (sink_read, sink_write) = pipe();
+            let source = watch(source_read, Interest::READABLE).unwrap();
+            let sink = watch(sink_write, Interest::WRITABLE).unwrap();
+            let writer = watch(source_write, Interest::WRITABLE).unwrap();
+            let copy = tokio::spawn(async move { splice_all(&source, &sink).await });
+            let fill = tokio::spawn(async move { write_all(&writer, &[1; 1 << 20]).await });
+            let before = cpu();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            let spent = cpu() - before;
+            assert!(spent < 0.1, "{spent} s of processor time while blocked");
+            assert!(!copy.is_finished() && !fill.is_finished());
+            copy.abort();
+            fill.abort();
+            drop(sink_read);
+        });
+    }
+
+    fn cpu() -> f64 {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
+    }
+}

@@ -1,0 +1,193 @@
+//! What a stream field names, and opening it without ever blocking.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::logger::Binary;
+use super::{share, watch};
+use crate::error::ShimError;
+
+/// A stream field, parsed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Empty: no stream.
+    Null,
+    /// A bare path or `fifo://`.
+    Fifo(PathBuf),
+    /// `file://`: appended to.
+    File(PathBuf),
+    /// `binary://` or `binary-v2://`: a program that reads.
+    Logger(Binary),
+}
+
+/// Read end of the client's stdin fifo.
+pub type Stdin = AsyncFd<OwnedFd>;
+
+/// Where output goes.
+#[derive(Debug)]
+pub enum Output {
+    /// Write end of a fifo, non-blocking.
+    Fifo(AsyncFd<OwnedFd>),
+    /// A regular file, appending.
+    File(File),
+    /// Read and forgotten (a terminal's output that nobody asked for).
+    Null,
+}
+
+impl Output {
+    /// The same file once more, for the second stream.
+    pub fn share(&self) -> Result<Output, ShimError> {
+        match self {
+            Output::File(file) => share(file)
+                .map(Output::File)
+                .map_err(|error| ShimError::Unknown(format!("share the log file: {error}"))),
+            Output::Fifo(_) | Output::Null => Ok(Output::Null),
+        }
+    }
+}
+
+impl Target {
+    /// Parses a stream field.
+    pub fn parse(field: &str) -> Result<Target, ShimError> {
+        if field.is_empty() {
+            return Ok(Target::Null);
+        }
+        match field.split_once("://") {
+            None => Ok(Target::Fifo(field.into())),
+            Some(("fifo", path)) => Ok(Target::Fifo(path.into())),
+            Some(("file", path)) => Ok(Target::File(path.into())),
+            Some((scheme @ ("binary" | "binary-v2"), rest)) => {
+                Binary::parse(field, rest, scheme == "binary-v2").map(Target::Logger)
+            }
+            Some((scheme, _)) => Err(ShimError::InvalidArgument(format!(
+                "unknown STDIO scheme {scheme:?} in {field:?}: use fifo://, file://, binary:// or \
+                 binary-v2://"
+            ))),
+        }
+    }
+
+    /// The read end for copying, and a write end of our own.
+    pub fn open_input(&self) -> Result<Option<(Stdin, OwnedFd)>, ShimError> {
+        match self {
+            Target::Null => Ok(None),
+            Target::Fifo(path) => {
+                let read = open_fifo(path, OFlags::RDONLY)?;
+                let write = open_fifo(path, OFlags::WRONLY)?;
+                Ok(Some((watched(path, read, Interest::READABLE)?, write)))
+            }
+            Target::File(path) => Err(ShimError::InvalidArgument(format!(
+                "stdin {} must be a fifo, not file://",
+                path.display()
+            ))),
+            Target::Logger(_) => Err(ShimError::InvalidArgument(
+                "stdin must be a fifo, not binary:// or binary-v2://".to_owned(),
+            )),
+        }
+    }
+
+    /// The write end for copying. Of a fifo a read end goes to `keep`: with
+    /// it no reader that goes away is an error for the writer.
+    pub fn open_output(&self, keep: &mut Vec<OwnedFd>) -> Result<Option<Output>, ShimError> {
+        match self {
+            Target::Null => Ok(None),
+            Target::Fifo(path) => {
+                let read = open_fifo(path, OFlags::RDONLY)?;
+                let write = open_fifo(path, OFlags::WRONLY)?;
+                let output = watched(path, write, Interest::WRITABLE)?;
+                keep.push(read);
+                Ok(Some(Output::Fifo(output)))
+            }
+            Target::File(path) => open_log(path).map(|file| Some(Output::File(file))),
+            Target::Logger(_) => Err(ShimError::InvalidArgument(
+                "stderr names a logging binary, but stdout doesn't: stdout's scheme is for both"
+                    .to_owned(),
+            )),
+        }
+    }
+}
+
+fn open_fifo(path: &Path, access: OFlags) -> Result<OwnedFd, ShimError> {
+    let failed = |error: rustix::io::Errno| {
+        ShimError::InvalidArgument(format!("open stream {}: {error}", path.display()))
+    };
+    let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(failed)?;
+    let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+    if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo {
+        Ok(fd)
+    } else {
+        Err(ShimError::InvalidArgument(format!(
+            "stream {} is not a fifo: use file:// for a file",
+            path.display()
+        )))
+    }
+}
+
+fn watched(path: &Path, fd: OwnedFd, interest: Interest) -> Result<AsyncFd<OwnedFd>, ShimError> {
+    watch(fd, interest)
+        .map_err(|error| ShimError::Unknown(format!("watch stream {}: {error}", path.display())))
+}
+
+fn open_log(path: &Path) -> Result<File, ShimError> {
+    let failed =
+        |error| ShimError::InvalidArgument(format!("open log file {}: {error}", path.display()));
+    if !path.is_absolute() {
+        let relative = std::io::Error::other("file:// takes an absolute path");
+        return Err(failed(relative));
+    }
+    if let Some(parent) = path.parent() {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(parent)
+            .map_err(failed)?;
+    }
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o644)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(path)
+        .map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scheme_decides() {
+        assert_eq!(Target::parse("").unwrap(), Target::Null);
+        assert_eq!(Target::parse("/f").unwrap(), Target::Fifo("/f".into()));
+        assert_eq!(
+            Target::parse("fifo:///f").unwrap(),
+            Target::Fifo("/f".into())
+        );
+        assert_eq!(
+            Target::parse("file:///f").unwrap(),
+            Target::File("/f".into())
+        );
+        let unknown = Target::parse("ftp://h/f").unwrap_err();
+        assert_eq!(unknown.code(), ttrpc::Code::INVALID_ARGUMENT);
+        assert!(unknown.to_string().contains("unknown STDIO scheme"));
+        for scheme in ["binary", "binary-v2"] {
+            let logger = Target::parse(&format!("{scheme}:///bin/logger?a=b")).unwrap();
+            assert!(matches!(logger, Target::Logger(_)), "{logger:?}");
+            assert!(logger.open_input().is_err());
+            assert!(logger.open_output(&mut Vec::new()).is_err());
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_fifo_is_refused_by_name() {
+        let error = Target::Fifo("/etc/hostname".into()).open_input();
+        let text = error.err().unwrap().to_string();
+        assert!(text.contains("/etc/hostname"), "{text}");
+    }
+}

@@ -1,0 +1,522 @@
+//! A container: prepared on the host, assembled by the agent, driven through
+//! its forker.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use casemate_cgroup::{Attach, Cgroup};
+use casemate_protocol::plan::{MountSource, ProcessPlan};
+use casemate_protocol::{Channel, INIT_KEY, ToAgent, ToForker, seal_plan};
+use casemate_spec::{Config, ProcessSpec, Tightened};
+use casemate_sys::mount::{attr, clone_tree};
+use casemate_sys::{message, process};
+use rustix::fs::CWD;
+
+use super::forker::{Forker, Reply};
+use super::{
+    ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
+    read_spec, record,
+};
+use super::{namespaces, verify};
+use crate::bootstrap::journal::{Entry, Journal};
+use crate::host::staging::Staging;
+use crate::host::{Step, bind, dev, rootfs};
+use crate::plan::{self, Staged};
+
+/// When a start is over and its code won't be needed for a while.
+const SETTLED: Duration = Duration::from_millis(200);
+
+/// One container of the pod.
+pub struct Container {
+    id: String,
+    spec: Tightened,
+    config: Config,
+    filter: (Vec<u8>, u32),
+    forker: Forker,
+    forker_pid: u32,
+    forker_pidfd: OwnedFd,
+    init: OwnedFd,
+    cgroup: Cgroup,
+    staging: Arc<Staging>,
+    directory: String,
+    journal: Arc<Journal>,
+    next_key: AtomicU32,
+    /// Host id of the container's root.
+    container_root: u32,
+}
+
+/// Undoes what a failed create has made.
+struct Undo<'a> {
+    cgroup: &'a Cgroup,
+    staging: &'a Staging,
+    directory: &'a str,
+}
+
+impl Undo<'_> {
+    async fn run(&self) {
+        clean(self.cgroup, self.staging, self.directory).await;
+    }
+}
+
+async fn clean(cgroup: &Cgroup, staging: &Staging, directory: &str) {
+    if cgroup.pids().map_or(true, |pids| !pids.is_empty())
+        && let Err(e) = cgroup.kill(KILL, &[])
+    {
+        log::warn!("kill what is left of a container: {e}");
+    }
+    if let Err(e) = staging.remove(directory) {
+        log::warn!("detach mounts of a container: {e}");
+    }
+    // The last exit is on its way; its cgroup is busy until then.
+    for wait in [1u64, 1, 2, 4, 8, 16, 32, 64, 128, 256, 256, 256] {
+        match cgroup.remove(Duration::ZERO) {
+            Ok(()) => return,
+            Err(_) => tokio::time::sleep(Duration::from_millis(wait)).await,
+        }
+    }
+    if let Err(e) = cgroup.remove(Duration::ZERO) {
+        log::error!("remove the cgroup of a container: {e}");
+    }
+}
+
+pub(super) async fn create(
+    pod: &Sandbox,
+    request: ContainerRequest,
+) -> Result<(Arc<Container>, Spawned), SandboxError> {
+    let spec = read_spec(&request.bundle, &request.id, &pod.config)?;
+    namespaces::check(&spec.namespaces, pod.agent.pid, pod.network.namespace())?;
+    let filter = plan::filter(spec.seccomp.as_ref())?;
+    let directory = {
+        let mut next = pod
+            .next
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        *next += 1;
+        next.to_string()
+    };
+    // The journal has the container and its bundle by now.
+    let dirs = pod
+        .hierarchy
+        .dirs(&spec.cgroups_path)
+        .map_err(cgroup_error)?;
+    record(
+        &pod.journal,
+        Entry::Cgroup {
+            container: request.id.clone(),
+            dirs,
+        },
+    )?;
+    let cgroup = Cgroup::create(&pod.hierarchy, &spec.cgroups_path).map_err(cgroup_error)?;
+    let undo = Undo {
+        cgroup: &cgroup,
+        staging: &pod.staging,
+        directory: &directory,
+    };
+    match launch(pod, &request, &spec, &filter, &cgroup, &directory).await {
+        Ok(launched) => {
+            let (forker, forker_pid, forker_pidfd, spawned) = launched;
+            let init = spawned.pidfd.try_clone().step("copy", "pidfd")?;
+            let entry = Entry::Init {
+                container: request.id.clone(),
+                pid: spawned.pid,
+            };
+            record(&pod.journal, entry)?;
+            let container = Container {
+                id: request.id,
+                spec,
+                config: pod.config.clone(),
+                filter,
+                forker,
+                forker_pid,
+                forker_pidfd,
+                init,
+                cgroup,
+                staging: pod.staging.clone(),
+                directory,
+                journal: pod.journal.clone(),
+                next_key: AtomicU32::new(INIT_KEY + 1),
+                container_root: pod.range.container_root(),
+            };
+            Ok((Arc::new(container), spawned))
+        }
+        Err(e) => {
+            undo.run().await;
+            let _ = record(&pod.journal, Entry::Removed(request.id.clone()));
+            Err(e)
+        }
+    }
+}
+
+type Launched = (Forker, u32, OwnedFd, Spawned);
+
+async fn launch(
+    pod: &Sandbox,
+    request: &ContainerRequest,
+    spec: &Tightened,
+    filter: &(Vec<u8>, u32),
+    cgroup: &Cgroup,
+    directory: &str,
+) -> Result<Launched, SandboxError> {
+    if let Some(resources) = &spec.resources {
+        for warning in cgroup
+            .apply(resources)
+            .map_err(|e| SandboxError::Invalid(e.to_string()))?
+        {
+            log::warn!("container {}: {warning}", request.id);
+        }
+    }
+    let plan = stage(pod, request, spec, cgroup, directory)?;
+    let sealed = seal_plan(&plan)
+        .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
+    let (ours, theirs) = message::pair().step("make", "socket pair")?;
+    let forker = Forker::new(Channel::new(ours)).step("watch", "the container's channel")?;
+    let (files, v2) = match cgroup.attach().map_err(cgroup_error)? {
+        Attach::V1(files) => (files, false),
+        Attach::V2(dir) => (vec![dir], true),
+    };
+    let reply = forker
+        .ready(|| {
+            let mut fds = vec![theirs.as_fd(), sealed.as_fd(), pod.userns.as_fd()];
+            fds.extend(files.iter().map(AsFd::as_fd));
+            let sent = pod
+                .agent
+                .channel
+                .send(&ToAgent::Launch { cgroup_v2: v2 }, &fds);
+            // Ours must not outlive the forker's, or its end is never seen.
+            drop(theirs);
+            sent.map_err(|e| SandboxError::Unavailable(format!("ask the agent: {e}")))
+        })
+        .await?;
+    let Reply::Ready(forker_pidfd) = reply else {
+        return Err(SandboxError::Unavailable(
+            "the forker answers out of turn".into(),
+        ));
+    };
+    let forker_pid = pid_in_pod(&forker_pidfd)?;
+    set_oom_score(
+        forker_pid,
+        spec.process.oom_score_adj.unwrap_or(0),
+        &pod.config,
+    )?;
+    let process = process_plan(&spec.process, filter, forker_pid)?;
+    let spawned = spawn(
+        &forker,
+        INIT_KEY,
+        true,
+        &process,
+        &request.stdio,
+        pod.range.container_root(),
+    )
+    .await?;
+    verify::init(
+        spawned.pid,
+        pod.range.container_root(),
+        &spec.process,
+        cgroup,
+    )?;
+    Ok((forker, forker_pid, forker_pidfd, spawned))
+}
+
+/// The host pid behind a pidfd that came from inside.
+fn pid_in_pod(pidfd: &OwnedFd) -> Result<u32, SandboxError> {
+    process::pid_of(pidfd)
+        .map_err(|e| SandboxError::Unavailable(format!("the process has ended already: {e}")))
+}
+
+/// Makes the mounts and puts them where the agent finds them.
+fn stage(
+    pod: &Sandbox,
+    request: &ContainerRequest,
+    spec: &Tightened,
+    cgroup: &Cgroup,
+    directory: &str,
+) -> Result<casemate_protocol::plan::LaunchPlan, SandboxError> {
+    let v2 = pod.hierarchy.is_v2();
+    let mut launch = plan::container(spec, &pod.config, directory, pod.landlock, v2)?;
+    let mut flags = attr::NODEV;
+    if spec.process.no_new_privs {
+        flags |= attr::NOSUID;
+    }
+    let root_path = request.bundle.join(&spec.root_path);
+    let root = rootfs::make(
+        &request.rootfs,
+        &root_path,
+        &pod.userns,
+        pod.range.container_root(),
+        flags,
+    )?;
+    let mut entries = vec![("rootfs".to_owned(), root)];
+    let mut controllers = Vec::new();
+    for (name, what) in &launch.staged {
+        let tree = match what {
+            Staged::Dev(options, attributes) => {
+                dev::make(pod.range.container_root(), options, *attributes)?
+            }
+            Staged::Sysfs => clone_tree(pod.network.sysfs(), Path::new(""), false, false)
+                .step("clone", "/sys")?,
+            Staged::CgroupV1 => {
+                controllers = cgroup_views(cgroup)?;
+                cgroup_base(&controllers).step("make", "/sys/fs/cgroup")?
+            }
+            Staged::Bind(mount) => {
+                let (tree, is_directory) = bind::open(mount, &pod.userns)?;
+                for entry in &mut launch.plan.mounts {
+                    if let MountSource::Staged {
+                        name: n, directory, ..
+                    } = &mut entry.source
+                        && n == name
+                    {
+                        *directory = is_directory;
+                    }
+                }
+                tree
+            }
+        };
+        entries.push((name.clone(), tree));
+    }
+    pod.staging
+        .attach(directory, &entries)
+        .step("stage mounts of", &request.id)?;
+    if !controllers.is_empty() {
+        pod.staging
+            .attach_below(&format!("{directory}/cgroup"), &controllers)
+            .step("stage cgroups of", &request.id)?;
+    }
+    Ok(launch.plan)
+}
+
+/// Read-only views of the container's own cgroup, one for each v1 controller.
+fn cgroup_views(cgroup: &Cgroup) -> Result<Vec<(String, OwnedFd)>, SandboxError> {
+    let mut views = Vec::new();
+    for dir in cgroup.dirs() {
+        let Ok(relative) = dir.strip_prefix("/sys/fs/cgroup") else {
+            continue;
+        };
+        let Some(name) = relative.components().next() else {
+            continue;
+        };
+        let name = name.as_os_str().to_string_lossy().into_owned();
+        let object = dir.display().to_string();
+        let tree = clone_tree(CWD, dir, false, false).step("clone", &object)?;
+        casemate_sys::mount::set_attributes(
+            &tree,
+            casemate_sys::mount::Change {
+                set: attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC,
+                ..Default::default()
+            },
+        )
+        .step("protect", &object)?;
+        views.push((name, tree));
+    }
+    Ok(views)
+}
+
+fn cgroup_base(views: &[(String, OwnedFd)]) -> std::io::Result<OwnedFd> {
+    let fs = casemate_sys::mount::NewFs::open("tmpfs")?;
+    fs.string("mode", "0755")?;
+    fs.string("size", "64k")?;
+    let tmpfs = fs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC)?;
+    for (name, _) in views {
+        rustix::fs::mkdirat(&tmpfs, name.as_str(), rustix::fs::Mode::from(0o755))?;
+    }
+    Ok(tmpfs)
+}
+
+/// Makes a pipe the process' own, so that it can open /dev/stdout anew. Other
+/// files, /dev/null above all, are shared with the host and stay as they are.
+fn give_pipe(fd: &OwnedFd, root: u32, process: (u32, u32)) -> std::io::Result<()> {
+    let stat = rustix::fs::fstat(fd)?;
+    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::Fifo {
+        return Ok(());
+    }
+    if (stat.st_uid, stat.st_gid) != (0, 0) {
+        // containerd named an owner (io_uid, io_gid: host ids), and it is set.
+        return Ok(());
+    }
+    let uid = rustix::fs::Uid::from_raw(root + process.0);
+    let gid = rustix::fs::Gid::from_raw(root + process.1);
+    Ok(rustix::fs::fchown(fd, Some(uid), Some(gid))?)
+}
+
+/// The OOM score that all processes of the container inherit from the forker.
+fn set_oom_score(pid: u32, score: i32, config: &Config) -> Result<(), SandboxError> {
+    let path = format!("/proc/{pid}/oom_score_adj");
+    let Err(error) = std::fs::write(&path, score.to_string()) else {
+        return Ok(());
+    };
+    if !config.fallback.without_oom_score_adj {
+        return Err(SandboxError::Failed(format!(
+            "set process.oomScoreAdj to {score}: {error}; run containerd with CAP_SYS_RESOURCE, or \
+             set fallback.without_oom_score_adj = true in config.toml"
+        )));
+    }
+    log::warn!("process.oomScoreAdj {score} can't be set ({error}); left as it is");
+    Ok(())
+}
+
+/// Limits above the forker's own hard ones need the host's privilege: they are
+/// set on the forker by the shim, and inherited; the rest by the child.
+fn process_plan(
+    spec: &ProcessSpec,
+    filter: &(Vec<u8>, u32),
+    forker: u32,
+) -> Result<ProcessPlan, SandboxError> {
+    let mut plan = plan::process(spec, filter);
+    plan.limits.retain(|limit| {
+        let own = process::get_limit(limit.resource).map_or(0, |(_, hard)| hard);
+        limit.hard <= own
+    });
+    for limit in &spec.rlimits {
+        if plan.limits.iter().any(|l| l.resource == limit.resource) {
+            continue;
+        }
+        process::set_limit(forker, limit.resource, limit.soft, limit.hard).step(
+            "set process.rlimits above the node's own: resource",
+            format!("{} to {}", limit.resource, limit.hard),
+        )?;
+    }
+    Ok(plan)
+}
+
+async fn spawn(
+    forker: &Forker,
+    key: u32,
+    parked: bool,
+    plan: &ProcessPlan,
+    stdio: &ChildStdio,
+    container_root: u32,
+) -> Result<Spawned, SandboxError> {
+    let owner = (plan.uid, plan.gid);
+    let sealed = seal_plan(plan).map_err(|e| {
+        SandboxError::Invalid(format!(
+            "process.args and process.env: {e}; the kernel takes 6 MiB at most (execve(2))"
+        ))
+    })?;
+    let mut fds: Vec<BorrowedFd<'_>> = vec![sealed.as_fd()];
+    if let ChildStdio::Files {
+        stdin,
+        stdout,
+        stderr,
+    } = stdio
+    {
+        if plan.terminal.is_some() {
+            return Err(SandboxError::Invalid(
+                "process.terminal is true, but the request has no terminal".into(),
+            ));
+        }
+        for (pipe, name) in [(stdin, "stdin"), (stdout, "stdout"), (stderr, "stderr")] {
+            give_pipe(pipe, container_root, owner).step("give to the process its", name)?;
+            fds.push(pipe.as_fd());
+        }
+    } else if plan.terminal.is_none() {
+        return Err(SandboxError::Invalid(
+            "the request has a terminal, but process.terminal is false".into(),
+        ));
+    }
+    match forker
+        .request(key, &ToForker::Spawn { key, parked }, &fds)
+        .await?
+    {
+        Reply::Spawned(pidfd, pty) => {
+            // A short-lived exec may be gone by now; its pid is then told as 0
+            // by fdinfo, and the pidfd still stands for it.
+            let pid = match process::pid_of(&pidfd) {
+                Ok(pid) => pid,
+                Err(_) if !parked => 0,
+                Err(e) => return Err(SandboxError::Unavailable(format!("init has ended: {e}"))),
+            };
+            Ok(Spawned {
+                key,
+                pid,
+                pidfd,
+                pty,
+            })
+        }
+        _ => Err(SandboxError::Unavailable(
+            "the forker answers out of turn".into(),
+        )),
+    }
+}
+
+impl Container {
+    /// Lets the parked init exec. An error names the binary and the reason;
+    /// the process is then gone and its exit is *not* reported separately.
+    pub async fn go(&self) -> Result<(), SandboxError> {
+        match self
+            .forker
+            .request(INIT_KEY, &ToForker::Go { key: INIT_KEY }, &[])
+            .await?
+        {
+            Reply::Started => {
+                // Not on the way to the answer: later, when nothing is going on.
+                tokio::spawn(async {
+                    tokio::time::sleep(SETTLED).await;
+                    casemate_sys::memory::release_startup();
+                });
+                Ok(())
+            }
+            _ => Err(SandboxError::Unavailable(
+                "the forker answers out of turn".into(),
+            )),
+        }
+    }
+
+    /// Runs one more process (OCI `Process` JSON, as in Exec requests).
+    pub async fn exec(
+        &self,
+        process_json: &[u8],
+        terminal: bool,
+        stdio: ChildStdio,
+    ) -> Result<Spawned, SandboxError> {
+        let invalid = |e: String| SandboxError::Invalid(e);
+        let loaded =
+            casemate_spec::load_process(process_json).map_err(|e| invalid(e.to_string()))?;
+        let mut spec = casemate_spec::tighten_process(loaded, &self.spec, &self.config)
+            .map_err(|e| invalid(e.to_string()))?;
+        // The request overrules the document (Exec of the task service).
+        spec.terminal = terminal;
+        let plan = process_plan(&spec, &self.filter, self.forker_pid)?;
+        let key = self.next_key.fetch_add(1, Ordering::Relaxed);
+        spawn(&self.forker, key, false, &plan, &stdio, self.container_root).await
+    }
+
+    /// The next exit; `None` when the forker is gone and no more will come
+    /// (processes not reported by then have died with it: status 137).
+    pub async fn next_exit(&self) -> Option<Exit> {
+        self.forker.next_exit().await
+    }
+
+    /// The container's cgroup: pids, freeze, stats, update.
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        Some(&self.cgroup)
+    }
+
+    /// Host pid of the forker, which sits in the container's cgroup and is
+    /// no process of the container.
+    pub fn forker_pid(&self) -> u32 {
+        self.forker_pid
+    }
+
+    /// Signals every process of the container.
+    pub fn kill_all(&self, signal: i32) -> Result<(), SandboxError> {
+        if signal == KILL {
+            // The kernel kills the rest of the pid namespace with its init.
+            let _ = process::signal(&self.init, KILL);
+        }
+        self.cgroup
+            .kill(signal, &[self.forker_pid])
+            .map_err(cgroup_error)
+    }
+
+    /// Kills what is left, removes cgroup and mounts. Bounded (1 s), never
+    /// waits for agent or forker to answer, may be called twice.
+    pub async fn destroy(&self) {
+        let _ = process::signal(&self.init, KILL);
+        let _ = process::signal(&self.forker_pidfd, KILL);
+        clean(&self.cgroup, &self.staging, &self.directory).await;
+        let _ = record(&self.journal, Entry::Removed(self.id.clone()));
+    }
+}

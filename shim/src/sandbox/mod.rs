@@ -1,0 +1,349 @@
+//! The sandbox of one pod as the rest of the shim sees it: effects only, no
+//! containerd types. Everything here returns file descriptors, host pids and
+//! typed errors; the service layer owns records, events and RPC rules.
+
+mod container;
+mod forker;
+mod namespaces;
+mod verify;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use casemate_cgroup::{Cgroup, Hierarchy};
+use casemate_spec::{Config, Context, Tightened};
+use rustix::event::PollFlags;
+use tokio::io::Interest;
+
+use crate::bootstrap::journal::{Entry, Journal};
+use crate::bootstrap::proc;
+use crate::host::agent::{self, Agent};
+use crate::host::ids::{DIRECTORY, IdRange};
+use crate::host::network::Network;
+use crate::host::staging::Staging;
+use crate::host::{Step, userns};
+use crate::plan;
+
+pub use container::Container;
+
+/// What went wrong while an effect was made: step, object, reason, way out.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The request itself can't be carried out (bad field, missing binary…).
+    #[error("{0}")]
+    Invalid(String),
+    /// The process, container or pod isn't there (any more).
+    #[error("{0}")]
+    NotFound(String),
+    /// The agent or forker is gone or doesn't answer.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Anything else: the host or kernel refused a step.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// What the pod is made from, before its first container.
+pub struct PodRequest {
+    /// Pod id: the sandbox id, or the container's own id without CRI.
+    pub pod_id: String,
+    /// Bundle of the pod (where the journal lives).
+    pub bundle: PathBuf,
+}
+
+/// One entry of containerd's rootfs mount list.
+#[derive(Debug, Clone)]
+pub struct RootfsMount {
+    /// `overlay`, `bind`…
+    pub fstype: String,
+    /// Source path.
+    pub source: String,
+    /// Relative to the rootfs; empty for the rootfs itself.
+    pub target: String,
+    /// Mount options as containerd sends them.
+    pub options: Vec<String>,
+}
+
+/// What a process gets as descriptors 0, 1, 2.
+pub enum ChildStdio {
+    /// Our ends of pipes or /dev/null, already opened by the shim.
+    Files {
+        /// Descriptor 0.
+        stdin: OwnedFd,
+        /// Descriptor 1.
+        stdout: OwnedFd,
+        /// Descriptor 2.
+        stderr: OwnedFd,
+    },
+    /// A new pseudo terminal in the container's devpts; the master comes back.
+    Terminal,
+}
+
+/// A container to be made, its init parked before exec.
+pub struct ContainerRequest {
+    /// Container id.
+    pub id: String,
+    /// Bundle directory (config.json is read from there).
+    pub bundle: PathBuf,
+    /// containerd's rootfs mounts; empty: `root.path` is used as it is.
+    pub rootfs: Vec<RootfsMount>,
+    /// Standard descriptors of init.
+    pub stdio: ChildStdio,
+}
+
+/// A process that exists, as the host sees it.
+pub struct Spawned {
+    /// Names the process on the container's channel; init is 0.
+    pub key: u32,
+    /// Host pid.
+    pub pid: u32,
+    /// Refers to the process for certain, whatever becomes of its pid.
+    pub pidfd: OwnedFd,
+    /// Master of the terminal, if one was asked for.
+    pub pty: Option<OwnedFd>,
+}
+
+/// One exit, in the order in which the container's forker reaped them.
+#[derive(Debug, Clone, Copy)]
+pub struct Exit {
+    /// Which process.
+    pub key: u32,
+    /// Exit code, or 128 + signal.
+    pub status: u32,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// The pod: user namespaces, agent, staging mount. Dropping it ends the pod.
+pub struct Sandbox {
+    config: Config,
+    hierarchy: Hierarchy,
+    journal: Arc<Journal>,
+    range: IdRange,
+    network: Network,
+    staging: Arc<Staging>,
+    /// The containers' user namespace.
+    userns: OwnedFd,
+    agent: Agent,
+    cgroup: Cgroup,
+    landlock: bool,
+    /// Names staging directories; ids of containers aren't file names we chose.
+    next: Mutex<u32>,
+}
+
+/// Environment variable with another path for config.toml.
+const CONFIG_VARIABLE: &str = "CASEMATE_CONFIG";
+
+fn read_config() -> Result<Config, SandboxError> {
+    let path = std::env::var_os(CONFIG_VARIABLE).map_or_else(
+        || PathBuf::from(casemate_spec::config::DEFAULT_PATH),
+        PathBuf::from,
+    );
+    Config::read(&path).map_err(|e| SandboxError::Invalid(e.to_string()))
+}
+
+fn read_spec(bundle: &Path, id: &str, config: &Config) -> Result<Tightened, SandboxError> {
+    let path = bundle.join("config.json");
+    let bytes = std::fs::read(&path).step("read", path.display().to_string())?;
+    let invalid = |e: String| SandboxError::Invalid(e);
+    let loaded = casemate_spec::load(&bytes).map_err(|e| invalid(e.to_string()))?;
+    let context = Context {
+        id,
+        ..Context::default()
+    };
+    let spec =
+        casemate_spec::tighten(loaded, config, &context).map_err(|e| invalid(e.to_string()))?;
+    for warning in &spec.warnings {
+        log::warn!("container {id}: {warning}");
+    }
+    Ok(spec)
+}
+
+/// Whether to use Landlock: always, unless the kernel lacks it and the
+/// configuration lets pods start without.
+fn landlock(config: &Config) -> Result<bool, SandboxError> {
+    if casemate_sys::landlock::abi() > 0 {
+        return Ok(true);
+    }
+    if config.fallback.without_landlock {
+        log::warn!("this kernel has no Landlock; starting without (fallback.without_landlock)");
+        return Ok(false);
+    }
+    Err(SandboxError::Failed(
+        "this kernel has no Landlock (Linux 5.13, CONFIG_SECURITY_LANDLOCK and lsm=landlock); \
+         enable it, or set fallback.without_landlock = true in config.toml"
+            .into(),
+    ))
+}
+
+impl Sandbox {
+    /// Makes the pod: id range, namespaces, agent. Blocks for a few
+    /// milliseconds; called once, before the server accepts.
+    pub fn start(request: PodRequest) -> Result<Arc<Sandbox>, SandboxError> {
+        let config = read_config()?;
+        crate::log::set_level(config.log.level);
+        let spec = read_spec(&request.bundle, &request.pod_id, &config)?;
+        let journal = Journal::open(&request.bundle)
+            .step("open the journal in", request.bundle.display().to_string())?;
+        let landlock = landlock(&config)?;
+        let range = IdRange::take(&config.ids, Path::new(DIRECTORY))?;
+        let sysctls: Vec<(&str, &str)> = spec
+            .sysctl
+            .iter()
+            .filter(|(name, _)| name.starts_with("net."))
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
+        let network = Network::prepare(&spec.namespaces.network, range.container_root(), &sysctls)?;
+        let staging = Staging::new()?;
+
+        let hierarchy = Hierarchy::detect().map_err(cgroup_error)?;
+        let place = agent_place(&spec.cgroups_path, &request.pod_id);
+        let dirs = hierarchy.dirs(&place).map_err(cgroup_error)?;
+        record(
+            &journal,
+            Entry::Cgroup {
+                container: String::new(),
+                dirs,
+            },
+        )?;
+        let cgroup = Cgroup::create(&hierarchy, &place).map_err(cgroup_error)?;
+        let shim = std::env::current_exe().step("find", "the shim's own binary")?;
+        let binary = config.sandbox.agent_path(&shim);
+        let made = agent::start(&binary, &range, &network, &staging, &cgroup).and_then(|agent| {
+            let pod = plan::pod(&spec, &request.pod_id, landlock).and_then(|plan| {
+                agent::configure(&agent, &plan)?;
+                let userns =
+                    userns::make(&agent.pidfd).map_err(|e| agent::ended_early(&agent, e))?;
+                agent::ready(&agent)?;
+                Ok(userns)
+            });
+            match pod {
+                Ok(userns) => Ok((agent, userns)),
+                Err(e) => {
+                    end(&agent);
+                    Err(e)
+                }
+            }
+        });
+        let (agent, userns) = match made {
+            Ok(made) => made,
+            Err(e) => {
+                let _ = cgroup.remove(std::time::Duration::from_millis(200));
+                return Err(e);
+            }
+        };
+        let start_time = proc::start_time(agent.pid).unwrap_or(0);
+        record(
+            &journal,
+            Entry::Agent {
+                pid: agent.pid,
+                start_time,
+            },
+        )?;
+        Ok(Arc::new(Sandbox {
+            config,
+            hierarchy,
+            journal: Arc::new(journal),
+            range,
+            network,
+            staging: Arc::new(staging),
+            userns,
+            agent,
+            cgroup,
+            landlock,
+            next: Mutex::new(0),
+        }))
+    }
+
+    /// Host pid of the agent, which is the pod's sandbox process.
+    pub fn agent_pid(&self) -> u32 {
+        self.agent.pid
+    }
+
+    /// Resolves when the agent has gone (the pod is lost, or was stopped).
+    pub async fn lost(&self) {
+        let Ok(copy) = self.agent.pidfd.try_clone() else {
+            return;
+        };
+        let Ok(fd) = crate::io::watch(copy, Interest::READABLE) else {
+            return;
+        };
+        loop {
+            let Ok(mut guard) = fd.readable().await else {
+                return;
+            };
+            if is_ready(fd.get_ref()) {
+                return;
+            }
+            guard.clear_ready();
+        }
+    }
+
+    /// Makes a container with its init parked before exec. On error nothing
+    /// is left behind.
+    pub async fn create(
+        &self,
+        request: ContainerRequest,
+    ) -> Result<(Arc<Container>, Spawned), SandboxError> {
+        container::create(self, request).await
+    }
+
+    /// Kills everything of the pod and removes what is left on the host.
+    pub async fn stop(&self) {
+        let _ = casemate_sys::process::signal(&self.agent.pidfd, KILL);
+        self.lost().await;
+        reap(&self.agent.pidfd);
+        let _ = self.cgroup.kill(KILL, &[]);
+        for _ in 0..100 {
+            if self.cgroup.remove(std::time::Duration::ZERO).is_ok() {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        let _ = record(&self.journal, Entry::Removed(String::new()));
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        end(&self.agent);
+    }
+}
+
+const KILL: i32 = 9;
+
+fn end(agent: &Agent) {
+    let _ = casemate_sys::process::signal(&agent.pidfd, KILL);
+    reap(&agent.pidfd);
+}
+
+/// Takes a dead child off the process table; another reaper may have been faster.
+fn reap(pidfd: &OwnedFd) {
+    let _ = casemate_sys::process::wait(pidfd);
+}
+
+fn is_ready(fd: impl AsFd) -> bool {
+    let mut fds = [rustix::event::PollFd::new(&fd, PollFlags::IN)];
+    let now = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|n| n > 0)
+}
+
+fn record(journal: &Journal, entry: Entry) -> Result<(), SandboxError> {
+    journal.record(entry).step("write", "the pod's journal")
+}
+
+fn cgroup_error(error: casemate_cgroup::CgroupError) -> SandboxError {
+    SandboxError::Failed(error.to_string())
+}
+
+/// The agent's own leaf, beside the pod's first container and below the same
+/// parent: the pod's limits cover it, no container's do.
+fn agent_place(container: &str, pod_id: &str) -> String {
+    let parent = container.rsplit_once('/').map_or("", |(parent, _)| parent);
+    format!("{parent}/casemate-{pod_id}")
+}

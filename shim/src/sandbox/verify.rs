@@ -1,0 +1,177 @@
+//! What the kernel says of a container's init, before containerd is told that
+//! it exists. The agent said it is locked; this is where it is seen.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use casemate_cgroup::Cgroup;
+use casemate_spec::ProcessSpec;
+
+use super::SandboxError;
+
+/// Checks ids, capabilities, no_new_privs, filter and cgroup of host process
+/// `pid`. `root` is the host id of the container's root.
+pub fn init(pid: u32, root: u32, spec: &ProcessSpec, cgroup: &Cgroup) -> Result<(), SandboxError> {
+    let unseen = |e: String| SandboxError::Unavailable(format!("look at init ({pid}): {e}"));
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))
+        .map_err(|e| unseen(e.to_string()))?;
+    check(&text, root, spec)?;
+    let places = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
+        .map_err(|e| unseen(e.to_string()))?;
+    if inside(&places, cgroup.dirs()) {
+        Ok(())
+    } else {
+        Err(unlike("cgroup", "another", "the container's"))
+    }
+}
+
+/// Whether every hierarchy that has a directory for this container shows the
+/// process there (cgroups(7), /proc/PID/cgroup). The unified hierarchy beside
+/// v1 ones has no cheap way in and is left out.
+fn inside(places: &str, dirs: &[PathBuf]) -> bool {
+    let mut seen = false;
+    for line in places.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(names), Some(path)) = (fields.next(), fields.next(), fields.next())
+        else {
+            return false;
+        };
+        let path = path.trim_start_matches('/');
+        let names: Vec<&str> = names
+            .split(',')
+            .map(|n| n.trim_start_matches("name="))
+            .collect();
+        for dir in dirs {
+            // /sys/fs/cgroup/NAMES/… on v1; on v2 there is one directory alone.
+            let hierarchy = dir
+                .iter()
+                .nth(4)
+                .and_then(|c| c.to_str())
+                .unwrap_or_default();
+            let meant = if dirs.len() == 1 {
+                names == [""]
+            } else {
+                names != [""] && hierarchy.split(',').any(|h| names.contains(&h))
+            };
+            if meant {
+                if path.is_empty() || !dir.ends_with(path) {
+                    return false;
+                }
+                seen = true;
+            }
+        }
+    }
+    seen
+}
+
+fn unlike(what: &str, is: &str, wanted: &str) -> SandboxError {
+    SandboxError::Failed(format!(
+        "init is not locked as planned and was killed: its {what} is {is}, not {wanted}"
+    ))
+}
+
+fn check(status: &str, root: u32, spec: &ProcessSpec) -> Result<(), SandboxError> {
+    let fields: BTreeMap<&str, Vec<&str>> = status
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(key, value)| (key, value.split_ascii_whitespace().collect()))
+        .collect();
+    let expect = |key: &str, count: usize, wanted: String| {
+        let is = fields.get(key).cloned().unwrap_or_default();
+        if is.len() == count && is.iter().all(|v| *v == wanted) {
+            Ok(())
+        } else {
+            Err(unlike(key, &is.join(" "), &wanted))
+        }
+    };
+    let mask = |set: u64| format!("{set:016x}");
+    expect("Uid", 4, (root + spec.uid).to_string())?;
+    expect("Gid", 4, (root + spec.gid).to_string())?;
+    expect("CapBnd", 1, mask(spec.caps.bounding))?;
+    expect("CapPrm", 1, mask(spec.caps.permitted))?;
+    expect("CapEff", 1, mask(spec.caps.effective))?;
+    expect("Seccomp", 1, "2".into())?;
+    if spec.no_new_privs {
+        expect("NoNewPrivs", 1, "1".into())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check, inside};
+    use casemate_spec::{Config, Context};
+
+    const LOCKED: &str = "Name:\tx\nUid:\t1001\t1001\t1001\t1001\nGid:\t1001\t1001\t1001\t1001\n\
+        CapPrm:\t0000000000000000\nCapEff:\t0000000000000000\nCapBnd:\t0000000000000000\n\
+        NoNewPrivs:\t1\nSeccomp:\t2\n";
+
+    #[test]
+    fn every_missing_lock_is_seen_and_named() {
+        let json = br#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"args":["x"],
+            "cwd":"/"},"root":{"path":"rootfs"},"linux":{"namespaces":[{"type":"pid"},
+            {"type":"network"},{"type":"ipc"},{"type":"uts"},{"type":"mount"}]}}"#;
+        let loaded = casemate_spec::load(json).unwrap();
+        let context = Context {
+            id: "x",
+            ..Context::default()
+        };
+        let spec = casemate_spec::tighten(loaded, &Config::default(), &context)
+            .unwrap()
+            .process;
+        check(LOCKED, 1001, &spec).unwrap();
+        for (is, would_be, named) in [
+            ("Uid:\t1001\t1001\t1001\t1001", "Uid:\t0\t0\t0\t0", "Uid"),
+            ("Gid:\t1001", "Gid:\t0", "Gid"),
+            (
+                "CapBnd:\t0000000000000000",
+                "CapBnd:\t0000000000200000",
+                "CapBnd",
+            ),
+            (
+                "CapPrm:\t0000000000000000",
+                "CapPrm:\t0000000000200000",
+                "CapPrm",
+            ),
+            (
+                "CapEff:\t0000000000000000",
+                "CapEff:\t0000000000200000",
+                "CapEff",
+            ),
+            ("NoNewPrivs:\t1", "NoNewPrivs:\t0", "NoNewPrivs"),
+            ("Seccomp:\t2", "Seccomp:\t0", "Seccomp"),
+        ] {
+            let status = LOCKED.replace(is, would_be);
+            assert_ne!(status, LOCKED);
+            let error = check(&status, 1001, &spec).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+        }
+        assert!(check("", 1001, &spec).is_err());
+    }
+
+    #[test]
+    fn a_process_elsewhere_is_seen() {
+        let dirs = [
+            "/sys/fs/cgroup/memory/d/x",
+            "/sys/fs/cgroup/cpu,cpuacct/d/x",
+        ]
+        .map(Into::into);
+        assert!(inside(
+            "4:memory:/d/x\n3:cpu,cpuacct:/d/x\n2:net_cls:/\n0::/\n",
+            &dirs
+        ));
+        for elsewhere in [
+            "4:memory:/\n3:cpu,cpuacct:/d/x\n",
+            "4:memory:/d/x\n3:cpu,cpuacct:/d/y\n",
+            "4:memory:/d/xx\n",
+            "0::/\n",
+            "",
+            "rubbish",
+        ] {
+            assert!(!inside(elsewhere, &dirs), "{elsewhere:?}");
+        }
+        let v2 = [std::path::PathBuf::from("/sys/fs/cgroup/d/x")];
+        assert!(inside("0::/d/x\n", &v2));
+        assert!(!inside("0::/\n", &v2));
+    }
+}
