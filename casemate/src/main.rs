@@ -1,0 +1,80 @@
+//! `casemate`: the operator's command. `casemate run` is the first look: one
+//! process in the sandbox that pods get, with no containerd at all.
+
+mod bundle;
+mod error;
+mod rootfs;
+mod run;
+mod shim;
+mod stdio;
+mod terminal;
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Exit status of our own failures, as with other container tools; everything
+/// else is the workload's.
+const OWN_FAILURE: i32 = 125;
+
+/// The casemate sandbox, by hand.
+#[derive(Debug, Parser)]
+#[command(version, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run one command in a sandbox, without containerd
+    #[command(after_help = EXAMPLES)]
+    Run(Run),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  casemate run -- id                          in a read-only root made of busybox
+  casemate run -t -- sh                       a shell in it, with a terminal
+  casemate run -- cat /proc/self/status       what holds the process, as it sees it
+  echo hello | casemate run -- wc -c          streams are passed through
+  casemate run --rootfs /srv/debian -- ls /   another root, read-only
+  casemate run --rootfs DIR --writable -- sh -c 'echo x > /file'
+
+The exit status is the command's, or 128 + signal; 125 if casemate itself
+failed. Needs root. The node's /etc/casemate/config.toml applies.";
+
+/// What to run, and in what.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Root file system; without it one is made of the host's static busybox
+    #[arg(long, value_name = "DIR")]
+    rootfs: Option<PathBuf>,
+    /// Let the command write to the root file system
+    #[arg(long)]
+    writable: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    terminal: bool,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+fn main() {
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        // Help and version come this way too; a closed stream can't be told.
+        let _lost = error.print();
+        std::process::exit(if error.use_stderr() { OWN_FAILURE } else { 0 });
+    });
+    let Command::Run(options) = cli.command;
+    // Not by returning: a thread may still be reading our standard input.
+    std::process::exit(match run::run(&options) {
+        Ok(status) => status,
+        Err(error) => {
+            let _lost = writeln!(std::io::stderr(), "casemate: {error}");
+            OWN_FAILURE
+        }
+    });
+}
