@@ -1,0 +1,206 @@
+//! The program that tests run inside containers: it says what a workload sees,
+//! in a form that can be compared.
+
+use std::fs;
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+#[path = "../probe/attack.rs"]
+mod attack;
+#[path = "../probe/enter.rs"]
+mod enter;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    obey(&words)
+}
+
+fn obey(words: &[&str]) -> ExitCode {
+    let done = match words {
+        ["exit", code] => return ExitCode::from(code.parse().unwrap_or(125)),
+        ["sleep"] => loop {
+            std::thread::sleep(Duration::from_secs(3600));
+        },
+        ["burst", bytes] => burst(bytes.parse().unwrap_or(0)),
+        ["tree", root] => tree(Path::new(root)),
+        ["fds"] => fds(),
+        ["dial", path] => dial(path),
+        ["chmod", mode, path] => chmod(mode, path),
+        ["lines", n, pause_ms] => lines(n.parse().unwrap_or(0), pause_ms.parse().unwrap_or(0)),
+        ["enter", kinds, pid, then @ ..] => match enter::run(kinds, pid, || obey(then)) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
+        ["flags", paths @ ..] => attack::flags(paths),
+        ["clone-flags", paths @ ..] => attack::clone_flags(paths),
+        ["show", paths @ ..] => attack::show(paths),
+        ["unmount", paths @ ..] => attack::unmount(paths),
+        ["make"] => attack::make(),
+        ["namespaces"] => attack::namespaces(),
+        ["calls"] => attack::calls(),
+        ["processes", pids @ ..] => attack::processes(pids),
+        ["reach", limit] => attack::reach(limit.parse().unwrap_or(0)),
+        ["listen", name] => attack::listen(name),
+        ["connect", name] => attack::connect(name),
+        ["drive", path] => attack::drive(path),
+        ["read", path] => read(path),
+        _ => Err(io::Error::other(format!("unknown words {words:?}"))),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("probe: {error}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// Writes that many bytes, a counter in every 8, and ends at once.
+fn burst(bytes: u64) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(1 << 16, io::stdout().lock());
+    for n in 0..bytes / 8 {
+        out.write_all(&n.to_le_bytes())?;
+    }
+    out.flush()
+}
+
+/// Writes numbered lines, one every so many milliseconds.
+fn lines(n: u32, pause_ms: u64) -> io::Result<()> {
+    for i in 1..=n {
+        writeln!(io::stdout(), "line {i}")?;
+        std::thread::sleep(Duration::from_millis(pause_ms));
+    }
+    Ok(())
+}
+
+/// One line a file: path, type, mode, uid, gid, size, links, target or content
+/// sum, attributes. Other file systems are not entered.
+fn tree(root: &Path) -> io::Result<()> {
+    let device = fs::symlink_metadata(root)?.dev();
+    let mut lines = Vec::new();
+    walk(root, device, &mut lines)?;
+    lines.sort();
+    let mut out = BufWriter::new(io::stdout().lock());
+    for line in lines {
+        writeln!(out, "{line}")?;
+    }
+    out.flush()
+}
+
+fn walk(path: &Path, device: u64, lines: &mut Vec<String>) -> io::Result<()> {
+    let meta = fs::symlink_metadata(path)?;
+    if meta.dev() != device {
+        return Ok(());
+    }
+    let kind = meta.file_type();
+    let letter = match () {
+        () if kind.is_dir() => 'd',
+        () if kind.is_symlink() => 'l',
+        () if kind.is_fifo() => 'p',
+        () if kind.is_socket() => 's',
+        () if kind.is_char_device() => 'c',
+        () if kind.is_block_device() => 'b',
+        () => 'f',
+    };
+    let extra = match letter {
+        'l' => fs::read_link(path)?.display().to_string(),
+        // A file that the mode bits close to us is compared by its metadata.
+        'f' => {
+            fs::read(path).map_or_else(|e| e.kind().to_string(), |b| format!("{:016x}", fnv(&b)))
+        }
+        'c' | 'b' => format!("{:x}", meta.rdev()),
+        _ => String::new(),
+    };
+    // A directory's size is the file system's affair.
+    let size = if letter == 'd' { 0 } else { meta.size() };
+    let links = if letter == 'd' { 0 } else { meta.nlink() };
+    lines.push(format!(
+        "{} {letter} {:04o} {}:{} size={size} links={links} {extra} {}",
+        path.display(),
+        meta.mode() & 0o7777,
+        meta.uid(),
+        meta.gid(),
+        attributes(path)
+    ));
+    if letter == 'd' {
+        for entry in fs::read_dir(path)? {
+            walk(&entry?.path(), device, lines)?;
+        }
+    }
+    Ok(())
+}
+
+fn fnv(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+fn attributes(path: &Path) -> String {
+    let mut names = vec![0u8; 65536];
+    let Ok(length) = rustix::fs::llistxattr(path, names.as_mut_slice()) else {
+        return "xattrs=none".to_owned();
+    };
+    let mut found: Vec<String> = names[..length]
+        .split(|b| *b == 0)
+        .filter(|name| !name.is_empty())
+        .map(|name| {
+            let mut value = vec![0u8; 65536];
+            let name = std::ffi::OsStr::from_bytes(name);
+            let read = rustix::fs::lgetxattr(path, name, value.as_mut_slice()).unwrap_or(0);
+            format!("{}={:02x?}", name.display(), &value[..read])
+        })
+        .collect();
+    found.sort();
+    format!("xattrs={}", found.join(","))
+}
+
+/// Numbers and targets of the open descriptors, the listing's own left out.
+fn fds() -> io::Result<()> {
+    let mut lines: Vec<String> = fs::read_dir("/proc/self/fd")?
+        .flatten()
+        .filter_map(|entry| {
+            let target = fs::read_link(entry.path()).ok()?;
+            let own = target.starts_with("/proc") && target.ends_with("fd");
+            (!own).then(|| format!("{} {}", entry.file_name().display(), target.display()))
+        })
+        .collect();
+    lines.sort();
+    println!("{}", lines.join("\n"));
+    Ok(())
+}
+
+/// Connects to a unix socket and says whether the other side keeps it open.
+fn dial(path: &str) -> io::Result<()> {
+    let mut socket = std::os::unix::net::UnixStream::connect(path)?;
+    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+    // A whole, valid ttrpc header of a request without a body.
+    let mut buffer = [0; 10];
+    let answer = socket
+        .write_all(&[0, 0, 0, 0, 0, 0, 0, 1, 1, 0])
+        .and_then(|()| socket.read(&mut buffer));
+    match answer {
+        Ok(0) => println!("closed"),
+        Ok(_) => println!("answered"),
+        Err(e) => match e.kind() {
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => println!("closed"),
+            _ => println!("open: {e}"),
+        },
+    }
+    Ok(())
+}
+
+/// Copies a file to standard output.
+fn read(path: &str) -> io::Result<()> {
+    io::stdout().write_all(&fs::read(path)?)
+}
+
+fn chmod(mode: &str, path: &str) -> io::Result<()> {
+    let mode = u32::from_str_radix(mode, 8).map_err(io::Error::other)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+}

@@ -1,0 +1,180 @@
+//! A containerd of our own: root, state and sockets in a fresh directory, so
+//! that the system's containerd, if there is one, never notices.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::ctr::Ctr;
+use crate::error::{Failure, Result, file};
+use crate::procs::{self, Identity};
+use crate::run::until;
+
+/// A running private containerd; stopped when dropped.
+pub struct Daemon {
+    dir: PathBuf,
+    path: String,
+    running: Mutex<Option<(std::process::Child, Identity)>>,
+}
+
+impl Daemon {
+    /// Starts a containerd in `dir`, which must not exist yet, with this PATH.
+    pub fn start(dir: &Path, path: &str) -> Result<Self> {
+        fs::create_dir_all(dir).map_err(file("make", dir))?;
+        let daemon = Self {
+            dir: dir.to_owned(),
+            path: path.to_owned(),
+            running: Mutex::new(None),
+        };
+        let config = daemon.dir.join("config.toml");
+        fs::write(&config, daemon.config()).map_err(file("write", &config))?;
+        daemon.up()?;
+        Ok(daemon)
+    }
+
+    /// Version 2 of the configuration file: read by 1.6 and 1.7, and migrated
+    /// by 2.x. CRI and the snapshotters that need other file systems are off.
+    fn config(&self) -> String {
+        let dir = self.dir.display();
+        format!(
+            "version = 2\n\
+             root = \"{dir}/root\"\n\
+             state = \"{dir}/state\"\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \
+               \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.btrfs\", \
+               \"io.containerd.snapshotter.v1.devmapper\", \"io.containerd.snapshotter.v1.zfs\", \
+               \"io.containerd.tracing.processor.v1.otlp\", \"io.containerd.internal.v1.tracing\"]\n\
+             [grpc]\n  address = \"{dir}/c.sock\"\n\
+             [ttrpc]\n  address = \"{dir}/c.sock.ttrpc\"\n\
+             [debug]\n  level = \"info\"\n\
+             [plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{dir}/opt\"\n"
+        )
+    }
+
+    /// Starts the daemon (again) on the same state.
+    pub fn up(&self) -> Result<()> {
+        let log = self.log_path();
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .map_err(file("open", &log))?;
+        let twin = log.try_clone().map_err(file("duplicate", &self.dir))?;
+        // setsid(1) execs in place when it is no group leader, so the pid is
+        // containerd's own.
+        let child = Command::new("setsid")
+            .arg("containerd")
+            .arg("--config")
+            .arg(self.dir.join("config.toml"))
+            .env("PATH", &self.path)
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(twin)
+            .spawn()
+            .map_err(|source| Failure::Spawn {
+                program: "setsid containerd".to_owned(),
+                source,
+            })?;
+        let Some(identity) = procs::identity(child.id()) else {
+            return Err(Failure::Unexpected(format!(
+                "containerd died at once: {}",
+                self.log_tail()
+            )));
+        };
+        if let Ok(mut slot) = self.running.lock() {
+            *slot = Some((child, identity));
+        }
+        let ctr = self.ctr("default");
+        until("containerd to answer", Duration::from_secs(30), || {
+            ctr.run(&["version"], Duration::from_secs(5))
+                .is_ok_and(|o| o.code() == 0)
+        })
+        .map_err(|e| Failure::Unexpected(format!("{e}: {}", self.log_tail())))?;
+        Ok(())
+    }
+
+    /// Stops the daemon, and only it: shims go on, as in a daemon's upgrade.
+    pub fn down(&self) {
+        let Some((mut child, identity)) = self.running.lock().ok().and_then(|mut s| s.take())
+        else {
+            return;
+        };
+        procs::signal(identity.pid, Signal::TERM);
+        let ended = until("containerd to end", Duration::from_secs(10), || {
+            !matches!(child.try_wait(), Ok(None))
+        });
+        if ended.is_err() {
+            let _ = child.kill();
+        }
+        let _ = child.wait();
+    }
+
+    /// Ends all tasks of all namespaces, stops the daemon, removes its files.
+    pub fn stop(&self) {
+        let namespaces = self
+            .ctr("default")
+            .run(&["namespaces", "ls", "-q"], Duration::from_secs(10))
+            .map(|o| o.out())
+            .unwrap_or_default();
+        for namespace in namespaces.lines() {
+            self.ctr(namespace).clear();
+        }
+        self.down();
+        // Mounts of tasks that a broken shim left: lazily, newest first.
+        let ours = self.dir.display().to_string();
+        for line in crate::leaks::mounts_with(&ours).iter().rev() {
+            if let Some(target) = line.split(' ').nth(1) {
+                let _ = rustix::mount::unmount(target, rustix::mount::UnmountFlags::DETACH);
+            }
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+
+    /// The gRPC socket.
+    pub fn address(&self) -> PathBuf {
+        self.dir.join("c.sock")
+    }
+
+    /// The directory of a task's bundle.
+    pub fn bundle(&self, namespace: &str, id: &str) -> PathBuf {
+        self.dir
+            .join("state/io.containerd.runtime.v2.task")
+            .join(namespace)
+            .join(id)
+    }
+
+    /// The daemon's root directory (snapshots, content).
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.join("containerd.log")
+    }
+
+    /// The daemon's log.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().rev().take(5).collect();
+        lines.join(" | ")
+    }
+
+    /// A `ctr` for this daemon.
+    pub fn ctr(&self, namespace: &str) -> Ctr {
+        Ctr::new(&self.address(), namespace)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.down();
+    }
+}

@@ -1,0 +1,26 @@
+//! What the end-to-end tests are made of: a private containerd, images built
+//! without a registry, bundles and shims started by hand the way containerd
+//! starts them, and a look at what is left on the host afterwards.
+//!
+//! Nothing here stands in for the kernel or for containerd. The one peer that
+//! is ours is [`events::Recorder`], a ttrpc `Events` server that writes down
+//! what a shim sends; it exists because containerd hands events on only after
+//! decoding and reordering them.
+
+pub mod bundle;
+pub mod ctr;
+pub mod daemon;
+pub mod error;
+pub mod events;
+pub mod image;
+pub mod leaks;
+pub mod procs;
+pub mod run;
+pub mod shim;
+pub mod skip;
+pub mod spec;
+pub mod stdio;
+pub mod world;
+
+pub use error::{Failure, Result};
+pub use world::World;

@@ -1,0 +1,100 @@
+//! How a test ends, and the count of tests that could not run.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::path::Path;
+use std::sync::Mutex;
+
+use libtest_mimic::{Completion, Failed, Trial};
+
+/// Why a test stopped early.
+#[derive(Debug)]
+pub enum Stop {
+    /// The machine lacks something; the reason goes into the report.
+    Skip(String),
+    /// The thing under test is wrong.
+    Fail(String),
+}
+
+impl<E: std::error::Error> From<E> for Stop {
+    fn from(error: E) -> Self {
+        Self::Fail(error.to_string())
+    }
+}
+
+/// What a test function returns.
+pub type Outcome = Result<(), Stop>;
+
+/// Stops the test as skipped.
+pub fn skip<T>(reason: impl Display) -> Result<T, Stop> {
+    Err(Stop::Skip(reason.to_string()))
+}
+
+/// Stops the test as failed.
+pub fn fail<T>(reason: impl Display) -> Result<T, Stop> {
+    Err(Stop::Fail(reason.to_string()))
+}
+
+/// Fails the test unless the condition holds; the rest is a `format!`.
+#[macro_export]
+macro_rules! ensure {
+    ($condition:expr, $($why:tt)+) => {
+        if !$condition {
+            return $crate::skip::fail(format!($($why)+));
+        }
+    };
+}
+
+/// Fails the test unless both sides are equal; shows both.
+#[macro_export]
+macro_rules! ensure_eq {
+    ($left:expr, $right:expr, $($why:tt)+) => {
+        match (&$left, &$right) {
+            (left, right) => if left != right {
+                return $crate::skip::fail(format!(
+                    "{}: got {left:?}, want {right:?}", format_args!($($why)+)
+                ));
+            }
+        }
+    };
+}
+
+static SKIPPED: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
+
+/// Wraps a test function for the harness.
+pub fn trial(name: &'static str, test: fn() -> Outcome) -> Trial {
+    Trial::ignorable_test(name, move || match test() {
+        Ok(()) => Ok(Completion::Completed),
+        Err(Stop::Fail(why)) => Err(Failed::from(why)),
+        Err(Stop::Skip(reason)) => {
+            note(name, &reason);
+            Ok(Completion::ignored_with(format!("skipped: {reason}")))
+        }
+    })
+}
+
+/// Counts a test as skipped.
+pub fn note(name: &str, reason: &str) {
+    if let Ok(mut all) = SKIPPED.lock() {
+        all.insert(name.to_owned(), reason.to_owned());
+    }
+}
+
+/// Every skipped test with its reason.
+pub fn skipped() -> BTreeMap<String, String> {
+    SKIPPED.lock().map(|all| all.clone()).unwrap_or_default()
+}
+
+/// Skipped tests that the list at `path` (`name: reason` a line) does not name.
+pub fn not_allowed(path: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let allowed: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.split_once(':').map(|(name, _)| name.trim()))
+        .collect();
+    skipped()
+        .into_keys()
+        .filter(|name| !allowed.contains(&name.as_str()))
+        .collect()
+}

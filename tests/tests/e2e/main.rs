@@ -1,0 +1,114 @@
+//! End-to-end tests on real containerd and on shims started by hand.
+//!
+//! Each test is named after its item of the conformance list (`c041_…`), those
+//! of the sandbox itself `sandbox_…`. Run one: `make e2e T=c041`. The runtime is
+//! `CASEMATE_TEST_RUNTIME`, casemate's own by default.
+
+mod bad_input;
+mod bootstrap;
+mod bootstrap_shim;
+mod common;
+mod daemon;
+mod death;
+mod events;
+mod hostile;
+mod hostile_node;
+mod hostile_shape;
+mod lifecycle;
+mod locks;
+mod locks_pod;
+mod loggers;
+mod sandbox;
+mod signals;
+mod stdio;
+mod trees;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use casemate_tests::{World, skip};
+use libtest_mimic::{Arguments, Trial};
+
+fn main() -> ExitCode {
+    let mut args = Arguments::from_args();
+    // Two cores are the usual machine; more threads only blur the times.
+    args.test_threads = args.test_threads.or(Some(2));
+    let trials: Vec<Trial> = [
+        bootstrap::trials(),
+        bootstrap_shim::trials(),
+        lifecycle::trials(),
+        signals::trials(),
+        stdio::trials(),
+        loggers::trials(),
+        events::trials(),
+        death::trials(),
+        daemon::trials(),
+        sandbox::trials(),
+        trees::trials(),
+        locks::trials(),
+        locks_pod::trials(),
+        hostile::trials(),
+        hostile_node::trials(),
+        hostile_shape::trials(),
+        bad_input::trials(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    if args.list {
+        let all = trials.into_iter().chain(hostile_node::exclusive_trials());
+        return libtest_mimic::run(&args, all.collect()).exit_code();
+    }
+    if !rustix::process::geteuid().is_root() {
+        for trial in &trials {
+            println!("{}: skipped: needs root", trial.name());
+        }
+        return close(0, 0, trials.len() as u64, std::env::var_os("CI").is_some());
+    }
+    let null_before = common::null_mode();
+    let conclusion = libtest_mimic::run(&args, trials);
+    let mut failed = conclusion.num_failed;
+    let mut passed = conclusion.num_passed;
+    // What changes the whole node for a moment comes last, alone.
+    let last = libtest_mimic::run(&args, hostile_node::exclusive_trials());
+    failed += last.num_failed;
+    passed += last.num_passed;
+    // The host after the whole run is a test of its own.
+    let mut left = World::get().map(World::close).unwrap_or_default();
+    if common::null_mode() != null_before {
+        left.push(format!(
+            "/dev/null has mode {:o}, had {null_before:o}",
+            common::null_mode()
+        ));
+    }
+    if left.is_empty() {
+        passed += 1;
+    } else {
+        failed += 1;
+        println!("left on the host after the run:\n  {}", left.join("\n  "));
+    }
+    for (name, reason) in skip::skipped() {
+        println!("{name}: skipped: {reason}");
+    }
+    let list = Path::new(env!("CARGO_MANIFEST_DIR")).join("allowed-skips.txt");
+    let unlisted = skip::not_allowed(&list);
+    let in_ci = std::env::var_os("CI").is_some();
+    if in_ci && !unlisted.is_empty() {
+        println!(
+            "skipped but not in tests/allowed-skips.txt: {}",
+            unlisted.join(" ")
+        );
+    }
+    close(
+        passed,
+        failed,
+        conclusion.num_ignored + last.num_ignored,
+        in_ci && !unlisted.is_empty(),
+    )
+}
+
+/// Prints the closing line and turns it into an exit code.
+fn close(passed: u64, failed: u64, skipped: u64, too_many_skips: bool) -> ExitCode {
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    ExitCode::from(u8::from(failed > 0 || too_many_skips))
+}

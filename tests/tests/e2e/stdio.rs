@@ -1,0 +1,104 @@
+//! 87–95: standard input and output.
+
+use std::time::Duration;
+
+use casemate_tests::bundle::Task;
+use casemate_tests::ensure_eq;
+use casemate_tests::shim::SHORT;
+use casemate_tests::skip::Outcome;
+use casemate_tests::stdio::{Reader, make_fifo, open_reader, read_until};
+
+use crate::common::{LONG, expect_text, output};
+
+crate::trials![
+    c087_create_without_a_reader,
+    c088_reader_goes_and_returns,
+    c089_no_stdio,
+    c093_unknown_scheme,
+    c095_fifty_lines,
+];
+
+/// Points standard output at a fifo that nobody reads yet.
+fn unread(task: &mut Task) -> casemate_tests::Result<()> {
+    let path = task.side.join("quiet-out");
+    make_fifo(&path)?;
+    task.stdio[1] = path.display().to_string();
+    Ok(())
+}
+
+fn c087_create_without_a_reader() -> Outcome {
+    let mut task = Task::new("c087", &["/bin/sh", "-c", "echo hello; exit 6"])?;
+    unread(&mut task)?;
+    task.boot()?;
+    // containerd gives Create no deadline: one of ours stands in for patience.
+    task.create()?;
+    let late = Reader::start(&task.side.join("quiet-out"));
+    ensure_eq!(task.start_and_wait()?.exit_status, 6, "exit status");
+    // Delete closes our end: a reader that opens after it has come too late.
+    late.until("hello", SHORT)?;
+    task.rpc()?.delete(&task.id)?;
+    ensure_eq!(late.text(SHORT)?, "hello\n", "output for the late reader");
+    Ok(task.finish()?)
+}
+
+fn c088_reader_goes_and_returns() -> Outcome {
+    let script = "i=0; while [ $i -lt 1000 ]; do i=$((i+1)); echo n$i || exit 99; sleep 0.02; done";
+    let mut task = Task::new("c088", &["/bin/sh", "-c", script])?;
+    unread(&mut task)?;
+    let path = task.side.join("quiet-out");
+    let mut first = open_reader(&path)?;
+    task.boot()?;
+    task.create()?;
+    task.rpc()?.start(&task.id)?;
+    read_until(&mut first, "n5\n", SHORT)?;
+    drop(first);
+    std::thread::sleep(Duration::from_millis(500));
+    let mut second = open_reader(&path)?;
+    read_until(&mut second, "n60\n", SHORT)?;
+    ensure_eq!(
+        crate::common::status(&task)?,
+        crate::common::RUNNING,
+        "state"
+    );
+    drop(second);
+    Ok(task.finish()?)
+}
+
+fn c089_no_stdio() -> Outcome {
+    let mut task = Task::new(
+        "c089",
+        &["/bin/sh", "-c", "echo x && echo y >&2 && [ -z \"$(cat)\" ]"],
+    )?;
+    task.stdio = Default::default();
+    let (deleted, _) = task.run_to_end()?;
+    ensure_eq!(deleted.exit_status, 0, "exit status");
+    task.rpc()?.shutdown(&task.id)?;
+    Ok(())
+}
+
+fn c093_unknown_scheme() -> Outcome {
+    let mut task = Task::new("c093", &["/bin/true"])?;
+    task.stdio = [
+        String::new(),
+        "ftp://host/x".to_owned(),
+        "ftp://host/x".to_owned(),
+    ];
+    task.boot()?;
+    expect_text("Create", task.create(), "unknown STDIO scheme")
+}
+
+fn c095_fifty_lines() -> Outcome {
+    let mut task = Task::new("c095", &["/bin/sh", "-c", "probe lines 50 1; exit 3"])?;
+    task.boot()?;
+    task.create()?;
+    task.rpc()?.start(&task.id)?;
+    ensure_eq!(
+        task.rpc()?.wait(&task.id, LONG)?.exit_status,
+        3,
+        "exit status"
+    );
+    task.rpc()?.delete(&task.id)?;
+    let want: Vec<String> = (1..=50).map(|n| format!("line {n}")).collect();
+    ensure_eq!(output(&task)?.lines().collect::<Vec<_>>(), want, "lines");
+    Ok(task.finish()?)
+}
