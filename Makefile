@@ -1,0 +1,68 @@
+# Everything one does with this tree. `make` alone lists it.
+#
+#   make run             a container in its sandbox, on a private containerd
+#   make run CMD="…"     another command, e.g. CMD="sh -c 'id; ls /'"
+#   make test            all tests, unit and end to end (the latter need root)
+#   make e2e T=c041      end-to-end tests whose name has this in it
+#   make check           formatting, lints, unit tests, licences and sources
+#   make build           release binaries
+#   make bench           times and memory beside runc, crun, runsc
+#   make dist            release binaries, checksums and component list in dist/
+
+ARCH    := $(shell uname -m)
+TARGET  := $(or $(CARGO_TARGET_DIR),target)/$(ARCH)-unknown-linux-gnu
+CARGO   ?= cargo
+T       ?=
+CMD     ?=
+BINARIES = casemate casemate-agent containerd-shim-casemate-v2
+
+.PHONY: help build quick check unit deny test e2e run bench dist clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+build:
+	$(CARGO) build --release --locked --workspace --bins
+
+# The profile that tests use: as release in behaviour, built in a fraction of
+# the time.
+quick:
+	$(CARGO) build --profile quick --locked --workspace --bins
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --profile quick --locked --workspace --all-targets -- -D warnings
+	$(MAKE) unit
+	$(MAKE) deny
+
+unit: quick
+	$(CARGO) test --profile quick --locked --workspace --exclude casemate-tests
+	$(CARGO) test --profile quick --locked -p casemate-tests --lib --bins
+
+deny:
+	@scripts/deny.sh
+
+test: unit e2e
+
+e2e: quick
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
+	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- $(T)
+
+run:
+	@CMD='$(subst ','\'',$(CMD))' scripts/run.sh
+
+bench: build
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/release) \
+	  $(CARGO) run --release --locked -p casemate-tests --bin bench -- $(ARGS)
+
+dist: build
+	rm -rf dist && mkdir -p dist
+	cp $(addprefix $(TARGET)/release/,$(BINARIES)) dist/
+	cp LICENSE dist/ 2>/dev/null || true
+	$(TARGET)/release/testbed sbom --output dist/casemate.cdx.json
+	cd dist && sha256sum * > SHA256SUMS
+	@ls -l dist
+
+clean:
+	$(CARGO) clean
+	rm -rf dist
