@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -15,17 +16,32 @@ const CHUNK: usize = 64 * 1024;
 /// Terminals hand out at most a page at a time.
 const TTY_CHUNK: usize = 4096;
 
+/// First and longest pause between two looks at a fifo that isn't read.
+const LINGER: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(64));
+
 /// Copies a pipe to wherever its output goes, until its last writer closes it.
-pub async fn pipe_to(source: AsyncFd<OwnedFd>, sink: Output) -> io::Result<()> {
+pub async fn pipe_to(source: AsyncFd<OwnedFd>, sink: &mut Output) -> io::Result<()> {
     match sink {
-        Output::Fifo(fifo) => splice_all(&source, &fifo).await,
+        Output::Fifo(fifo) => splice_all(&source, fifo).await,
         other => read_all(&source, other, CHUNK).await,
     }
 }
 
 /// Copies a terminal's output until it hangs up.
-pub async fn terminal_to(master: &AsyncFd<OwnedFd>, sink: Output) -> io::Result<()> {
+pub async fn terminal_to(master: &AsyncFd<OwnedFd>, sink: &mut Output) -> io::Result<()> {
     read_all(master, sink, TTY_CHUNK).await
+}
+
+/// Keeps a fifo's write end for as long as it holds bytes: without a writer, a
+/// reader that opens now would wait for one (fifo(7)) and never see them. Closing
+/// earlier loses output; closing later withholds the end of file.
+pub async fn linger(sink: Output) {
+    let Output::Fifo(fifo) = sink else { return };
+    let (mut pause, longest) = LINGER;
+    while rustix::io::ioctl_fionread(&fifo).is_ok_and(|unread| unread > 0) {
+        tokio::time::sleep(pause).await;
+        pause = longest.min(pause * 2);
+    }
 }
 
 /// Moves everything from one pipe to another.
@@ -63,7 +79,7 @@ pub async fn to_terminal(source: &AsyncFd<OwnedFd>, master: &AsyncFd<OwnedFd>) -
     }
 }
 
-async fn read_all(source: &AsyncFd<OwnedFd>, mut sink: Output, chunk: usize) -> io::Result<()> {
+async fn read_all(source: &AsyncFd<OwnedFd>, sink: &mut Output, chunk: usize) -> io::Result<()> {
     let mut buffer = vec![0; chunk];
     loop {
         let count = read_some(source, &mut buffer).await?;
@@ -71,7 +87,7 @@ async fn read_all(source: &AsyncFd<OwnedFd>, mut sink: Output, chunk: usize) -> 
             return Ok(());
         }
         let bytes = &buffer[..count];
-        match &mut sink {
+        match sink {
             Output::Fifo(fifo) => write_all(fifo, bytes).await?,
             Output::File(file) => file.write_all(bytes)?,
             Output::Null => {}
@@ -124,7 +140,6 @@ mod tests {
     use super::*;
     use crate::io::watch;
     use rustix::pipe::PipeFlags;
-    use std::time::Duration;
     use tokio::io::Interest;
 
     fn runtime() -> tokio::runtime::Runtime {
@@ -171,6 +186,22 @@ mod tests {
             assert_eq!(seen, TOTAL);
             produce.await.unwrap();
             copy.await.unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_fifo_ends_when_it_has_been_read_not_before() {
+        runtime().block_on(async {
+            let (read, write) = pipe();
+            rustix::io::write(&write, b"late").unwrap();
+            let sink = Output::Fifo(watch(write, Interest::WRITABLE).unwrap());
+            let kept = tokio::spawn(linger(sink));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            assert!(!kept.is_finished());
+            let mut buffer = [0; 8];
+            assert_eq!(rustix::io::read(&read, &mut buffer), Ok(4));
+            kept.await.unwrap();
+            assert_eq!(rustix::io::read(&read, &mut buffer), Ok(0));
         });
     }
 

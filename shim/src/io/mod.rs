@@ -16,7 +16,7 @@ use rustix::pipe::PipeFlags;
 use rustix::termios::Winsize;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::error::{ShimError, one_line};
 use crate::sandbox::ChildStdio;
@@ -57,6 +57,8 @@ pub struct Streams {
     master: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
     input: Mutex<Option<JoinHandle<()>>>,
+    /// Fifos whose copy has ended but that hold bytes nobody has read yet.
+    held: Arc<Mutex<JoinSet<()>>>,
     /// The logging binary, until [`Streams::drain`].
     logger: Mutex<Option<Logger>>,
     /// Read ends of the output fifos, kept until the process is deleted: what
@@ -177,6 +179,7 @@ impl Streams {
             master: Mutex::new(None),
             outputs: Mutex::new(Vec::new()),
             input: Mutex::new(None),
+            held: Arc::default(),
             logger: Mutex::new(logger),
             _keep: keep,
         };
@@ -194,8 +197,11 @@ impl Streams {
         for (source, sink) in [pending.stdout, pending.stderr].into_iter().flatten() {
             let Some(source) = source else { continue };
             let source = nonblocking(source, Interest::READABLE)?;
+            let held = self.held.clone();
+            let mut sink = sink;
             let copied = tokio::spawn(async move {
-                report("output", copy::pipe_to(source, sink).await);
+                report("output", copy::pipe_to(source, &mut sink).await);
+                lock(&held).spawn(copy::linger(sink));
             });
             lock(&self.outputs).push(copied);
         }
@@ -213,10 +219,12 @@ impl Streams {
         let master = nonblocking(master, Interest::READABLE | Interest::WRITABLE)?;
         let master = Arc::new(master);
         *lock(&self.master) = Some(master.clone());
-        if let Some((_, sink)) = pending.stdout {
+        if let Some((_, mut sink)) = pending.stdout {
             let source = master.clone();
+            let held = self.held.clone();
             let copied = tokio::spawn(async move {
-                report("terminal", copy::terminal_to(&source, sink).await);
+                report("terminal", copy::terminal_to(&source, &mut sink).await);
+                lock(&held).spawn(copy::linger(sink));
             });
             lock(&self.outputs).push(copied);
         }
@@ -287,6 +295,7 @@ impl Streams {
         for copy in lock(&self.outputs).drain(..) {
             copy.abort();
         }
+        lock(&self.held).abort_all();
         lock(&self.master).take();
     }
 }

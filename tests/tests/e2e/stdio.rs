@@ -32,8 +32,10 @@ fn c087_create_without_a_reader() -> Outcome {
     task.boot()?;
     // containerd gives Create no deadline: one of ours stands in for patience.
     task.create()?;
-    let late = Reader::start(&task.side.join("quiet-out"));
     ensure_eq!(task.start_and_wait()?.exit_status, 6, "exit status");
+    // Long after the last writer inside has gone.
+    std::thread::sleep(Duration::from_millis(300));
+    let late = Reader::start(&task.side.join("quiet-out"));
     // Delete closes our end: a reader that opens after it has come too late.
     late.until("hello", SHORT)?;
     task.rpc()?.delete(&task.id)?;
