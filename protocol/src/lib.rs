@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use transport::{Channel, TransportError, read_plan, seal_plan};
 
 /// Version of these messages; a shim also speaks to agents one version back.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 4096;
 /// The largest plan that a memfd may hold, in bytes.
@@ -87,8 +87,8 @@ pub enum ToForker {
 /// From the forker (or, before it exists, from the process that becomes it).
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromForker {
-    /// The container is assembled and the forker locked down. Descriptor: a
-    /// pidfd of the forker.
+    /// The container is assembled and the forker locked down. Descriptors: a
+    /// pidfd of the forker, and, where init exists already, one of init.
     Ready,
     /// The container can't be made; the sender ends.
     LaunchFailed {

@@ -44,6 +44,8 @@ pub struct LaunchPlan {
     pub no_new_privs: bool,
     /// Made if missing: the working directory of init, as runc does.
     pub cwd: String,
+    /// Take the ways that older kernels need although this one knows better.
+    pub older_kernel: bool,
     /// Bind a terminal for the user with this id at /dev/console; init gets it.
     pub console: Option<u32>,
 }

@@ -47,7 +47,9 @@ impl Forker {
     fn serve(&mut self) -> Result<(), StepError> {
         let signals = process::child_signals().at("watch", "children")?;
         let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
-        self.answer(&FromForker::Ready, &[&me])?;
+        let mut fds = vec![&me];
+        fds.extend(self.container.early.as_ref().map(|early| &early.pidfd));
+        self.answer(&FromForker::Ready, &fds)?;
         drop(me);
         loop {
             let mut fds = [
@@ -109,7 +111,9 @@ impl Forker {
             if fds.is_empty() {
                 return Err(StepError::invalid("spawn", "", "no plan"));
             }
-            let plan: ProcessPlan = read_plan(fds.remove(0))
+            let sealed = fds.remove(0);
+            let copy = sealed.try_clone().at("copy", "process plan")?;
+            let plan: ProcessPlan = read_plan(copy)
                 .map_err(io::Error::other)
                 .at("read", "process plan")?;
             let stdio = if plan.terminal.is_some() {
@@ -123,7 +127,15 @@ impl Forker {
             } else {
                 Stdio::Files(fds)
             };
-            let (pid, pidfd, prepared) = spawn::fork_process(&plan, stdio)?;
+            let early = match key {
+                INIT_KEY => self.container.early.take(),
+                _ => None,
+            };
+            let (pid, pidfd, prepared) = match early {
+                Some(early) => early.become_init(&sealed, &stdio)?,
+                None => spawn::fork_process(&plan, stdio)?,
+            };
+            drop(sealed);
             if parked {
                 return Ok((pid, pidfd, prepared));
             }

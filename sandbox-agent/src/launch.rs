@@ -12,6 +12,7 @@ use casemate_sys::{ident, process};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::confine;
+use crate::early::EarlyInit;
 use crate::error::{At, StepError};
 use crate::root::{self, Links};
 use crate::spawn::Terminal;
@@ -20,6 +21,16 @@ use crate::spawn::Terminal;
 pub struct Container {
     /// The terminal bound at /dev/console, for init.
     pub console: Option<Terminal>,
+    /// The container's first process, where the kernel wants it this early.
+    pub early: Option<EarlyInit>,
+}
+
+/// How proc of the container's pid namespace can be mounted.
+enum Proc<'a> {
+    /// From outside: the namespace.
+    PidNamespace(OwnedFd),
+    /// Only by the namespace's own init, which enters B later.
+    ByInit(&'a OwnedFd),
 }
 
 /// Host ids of the container's root as seen from A: A is `0` the agent, `1…`
@@ -44,21 +55,28 @@ pub fn assemble(
     ident::set_securebits(ident::securebits::NO_SETUID_FIXUP).at("set", "securebits")?;
     ident::set_fs_ids(ROOT_IN_A, ROOT_IN_A).at("set", "file ids")?;
 
-    let console = assemble_root(plan)?;
+    let container = assemble_root(plan, &namespace_b)?;
+    if let Some(early) = &container.early {
+        early.lock()?;
+    }
+    enter_locked(plan, &namespace_b)?;
+    Ok(container)
+}
 
-    namespace::enter(&namespace_b, kind::USER).at("enter", "the container's user namespace")?;
-    drop(namespace_b);
+/// Enters the container's user namespace and takes the container's locks: the
+/// last step of whoever is to run, or to fork, what a tenant brought.
+pub fn enter_locked(plan: &LaunchPlan, namespace_b: &OwnedFd) -> Result<(), StepError> {
+    namespace::enter(namespace_b, kind::USER).at("enter", "the container's user namespace")?;
     ident::set_groups(&[]).at("set", "groups")?;
     ident::set_gid(0).at("set", "gid")?;
     ident::set_uid(0).at("set", "uid")?;
     // A changed uid makes a process dumpable or not by a sysctl; be sure.
     ident::set_dumpable(false).at("set", "dumpable")?;
     namespace::join_new_session_keyring().at("join", "session keyring")?;
-    confine::forker(plan)?;
-    Ok(Container { console })
+    confine::forker(plan)
 }
 
-fn assemble_root(plan: &LaunchPlan) -> Result<Option<Terminal>, StepError> {
+fn assemble_root(plan: &LaunchPlan, namespace_b: &OwnedFd) -> Result<Container, StepError> {
     // Nothing of later containers may arrive here.
     let whole =
         rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at("open", "/")?;
@@ -81,9 +99,10 @@ fn assemble_root(plan: &LaunchPlan) -> Result<Option<Terminal>, StepError> {
     let rootfs = clone_tree(&staging, Path::new("rootfs"), true, false).at("clone", "rootfs")?;
     mount::attach(&rootfs, CWD, "/new").at("attach", "rootfs")?;
 
-    let pid_namespace = pid_namespace()?;
+    let proc = proc_of_children(plan, namespace_b);
+    let mut early = None;
     for entry in &plan.mounts {
-        attach_one(&rootfs, &staging, entry, pid_namespace.as_ref())?;
+        attach_one(&rootfs, &staging, entry, plan, &proc, &mut early)?;
     }
     if !plan.cwd.is_empty() && plan.cwd != "/" {
         make_cwd(&rootfs, &plan.cwd)?;
@@ -104,16 +123,22 @@ fn assemble_root(plan: &LaunchPlan) -> Result<Option<Terminal>, StepError> {
         .at("make read-only", "/")?;
     }
     mount::change_root(&rootfs).at("change root", "")?;
-    Ok(console)
+    Ok(Container { console, early })
 }
 
-/// The pid namespace that init will be the first process of.
-fn pid_namespace() -> Result<Option<OwnedFd>, StepError> {
-    let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
-    namespace::pid_for_children(&me).map(Some).at(
-        "get the pid namespace of future children (needs Linux 6.17)",
-        "",
-    )
+/// By what way proc can be mounted here.
+fn proc_of_children<'a>(plan: &LaunchPlan, namespace_b: &'a OwnedFd) -> Proc<'a> {
+    if plan.older_kernel {
+        return Proc::ByInit(namespace_b);
+    }
+    let of_children = || -> std::io::Result<OwnedFd> {
+        let me = process::open_pidfd(process::own_pid())?;
+        let namespace = namespace::pid_for_children(&me)?;
+        // Known to the kernel only since 6.17, later than the ioctl.
+        NewFs::open("proc")?.fd("pidns", &namespace)?;
+        Ok(namespace)
+    };
+    of_children().map_or(Proc::ByInit(namespace_b), Proc::PidNamespace)
 }
 
 /// Mounts that the sandbox itself stands on: a link there is an attack.
@@ -133,7 +158,9 @@ fn attach_one(
     rootfs: &OwnedFd,
     staging: &OwnedFd,
     entry: &Mount,
-    pid_namespace: Option<&OwnedFd>,
+    plan: &LaunchPlan,
+    proc: &Proc<'_>,
+    early: &mut Option<EarlyInit>,
 ) -> Result<(), StepError> {
     let (tree, directory) = match &entry.source {
         MountSource::Staged {
@@ -145,9 +172,31 @@ fn attach_one(
                 .at("clone the mount for", &entry.target)?;
             (tree, *directory)
         }
-        MountSource::New { fstype, options } => {
-            (new_mount(fstype, options, entry, pid_namespace)?, true)
+        MountSource::New { fstype, options } if fstype == "proc" => {
+            let tree = match proc {
+                Proc::PidNamespace(namespace) => {
+                    new_mount(fstype, options, entry, Some(namespace))?
+                }
+                Proc::ByInit(namespace_b) => match early {
+                    // A second proc is a second view of the first.
+                    Some(_) => {
+                        return Err(StepError::invalid(
+                            "mount",
+                            format!("proc on {}", entry.target),
+                            "this kernel lets a container have one proc (two need Linux 6.17)",
+                        ));
+                    }
+                    None => {
+                        let make = || new_mount(fstype, options, entry, None);
+                        let (init, tree) = EarlyInit::fork(plan, namespace_b, make)?;
+                        *early = Some(init);
+                        tree
+                    }
+                },
+            };
+            (tree, true)
         }
+        MountSource::New { fstype, options } => (new_mount(fstype, options, entry, None)?, true),
     };
     let target = root::target(rootfs, &entry.target, directory, links_for(entry))?;
     mount::attach(&tree, &target, "").at("mount", &entry.target)
@@ -161,11 +210,9 @@ fn new_mount(
 ) -> Result<OwnedFd, StepError> {
     let object = format!("{fstype} on {}", entry.target);
     let fs = NewFs::open(fstype).at("mount", &object)?;
-    if let (true, Some(ns)) = (fstype == "proc", pid_namespace) {
-        fs.fd("pidns", ns).at(
-            "mount proc of a pid namespace without processes (needs Linux 6.17) for",
-            &object,
-        )?;
+    if let Some(namespace) = pid_namespace {
+        fs.fd("pidns", namespace)
+            .at("choose the pid namespace of", &object)?;
     }
     for (key, value) in options {
         match value {
@@ -217,30 +264,48 @@ fn mask(rootfs: &OwnedFd, staging: &OwnedFd, plan: &LaunchPlan) -> Result<(), St
         .at("make read-only", path)?;
         mount::attach(&tree, &target, "").at("mount read-only", path)?;
     }
-    let mut empty: Option<OwnedFd> = None;
+    let mut empty = Empty {
+        first: None,
+        one_each: plan.older_kernel,
+    };
     for path in &plan.masked {
         let Some(target) = existing(rootfs, path)? else {
             continue;
         };
         let tree = if root::is_directory(&target).at("look at", path)? {
-            let source = match empty.take() {
-                Some(fd) => fd,
-                None => {
-                    let fs = NewFs::open("tmpfs").at("mask", path)?;
-                    fs.string("nr_inodes", "2").at("mask", path)?;
-                    fs.mount(attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC)
-                        .at("mask", path)?
-                }
-            };
-            let tree = clone_tree(&source, Path::new(""), false, false).at("mask", path)?;
-            empty = Some(source);
-            tree
+            empty.mount().at("mask", path)?
         } else {
             null_device(staging)?
         };
         mount::attach(&tree, &target, "").at("mask", path)?;
     }
     Ok(())
+}
+
+/// Empty directories to cover others with: mounts of one tmpfs, or of one each
+/// where the kernel can't clone a mount that is attached nowhere (Linux 6.15).
+struct Empty {
+    first: Option<OwnedFd>,
+    one_each: bool,
+}
+
+impl Empty {
+    fn mount(&mut self) -> std::io::Result<OwnedFd> {
+        if let (Some(first), false) = (&self.first, self.one_each) {
+            match clone_tree(first, Path::new(""), false, false) {
+                Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => self.one_each = true,
+                done => return done,
+            }
+        }
+        let fs = NewFs::open("tmpfs")?;
+        fs.string("nr_inodes", "2")?;
+        let tmpfs = fs.mount(attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC)?;
+        if self.one_each {
+            return Ok(tmpfs);
+        }
+        self.first = Some(tmpfs);
+        self.mount()
+    }
 }
 
 fn existing(rootfs: &OwnedFd, path: &str) -> Result<Option<OwnedFd>, StepError> {

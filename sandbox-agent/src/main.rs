@@ -6,6 +6,7 @@
 //! when the shim's end of the socket closes; the kernel then ends the pod.
 
 mod confine;
+mod early;
 mod error;
 mod forker;
 mod launch;

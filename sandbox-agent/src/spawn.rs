@@ -7,7 +7,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use casemate_protocol::plan::{ProcessPlan, TerminalSize};
 use casemate_sys::process::{self, Fork};
@@ -71,11 +71,41 @@ pub struct Prepared {
     pub master: Option<OwnedFd>,
 }
 
+impl Terminal {
+    /// Both ends, for [`Terminal::from_ends`] in another process.
+    pub fn ends(&self) -> [BorrowedFd<'_>; 2] {
+        [self.master.as_fd(), self.slave.as_fd()]
+    }
+
+    /// A terminal whose ends came from another process.
+    pub fn from_ends(ends: Vec<OwnedFd>, number: u32) -> Result<Terminal, StepError> {
+        let [master, slave] = <[OwnedFd; 2]>::try_from(ends)
+            .map_err(|_| StepError::invalid("spawn", "", "not two ends of a terminal"))?;
+        Ok(Terminal {
+            master,
+            slave,
+            number,
+        })
+    }
+}
+
 const PREPARED: u8 = b'P';
 const FAILED: u8 = b'F';
 const INVALID: u8 = b'I';
 
+impl Prepared {
+    /// A process that said it is prepared.
+    pub fn new(parked: Parked, master: Option<OwnedFd>) -> Prepared {
+        Prepared { parked, master }
+    }
+}
+
 impl Parked {
+    /// A child waits at the other end of `socket`.
+    pub fn waiting(socket: OwnedFd) -> Parked {
+        Parked(Some(socket))
+    }
+
     /// Nothing waits.
     pub fn gone() -> Parked {
         Parked(None)
@@ -104,7 +134,7 @@ impl Parked {
 }
 
 /// What the child says next: `None` is the end of the stream.
-fn told(socket: &OwnedFd) -> Result<Option<Option<OwnedFd>>, StepError> {
+pub fn told(socket: &OwnedFd) -> Result<Option<Option<OwnedFd>>, StepError> {
     let mut buffer = [0u8; 4096];
     match message::receive(socket, &mut buffer, true).at("hear from", "the new process")? {
         None => Ok(None),
@@ -137,10 +167,7 @@ pub fn fork_process(
         Fork::Child => {
             drop(ours);
             let error = become_process(plan, stdio, &theirs);
-            let kind = if error.invalid { INVALID } else { FAILED };
-            let mut text = vec![kind];
-            text.extend_from_slice(casemate_protocol::clip(&error.to_string()).as_bytes());
-            let _ = message::send(&theirs, &text, &[]);
+            report(&theirs, &error);
             process::exit_now(127)
         }
         Fork::Parent(pid, pidfd) => {
@@ -166,8 +193,21 @@ pub fn fork_process(
     }
 }
 
+/// In the child: tells the forker what went wrong.
+pub fn report(socket: &OwnedFd, error: &StepError) {
+    let kind = if error.invalid { INVALID } else { FAILED };
+    let mut text = vec![kind];
+    text.extend_from_slice(casemate_protocol::clip(&error.to_string()).as_bytes());
+    let _ = message::send(socket, &text, &[]);
+}
+
+/// In the child: tells the forker that a step is done.
+pub fn prepared(socket: &OwnedFd, fds: &[BorrowedFd<'_>]) -> Result<(), StepError> {
+    message::send(socket, &[PREPARED], fds).at("tell", "forker")
+}
+
 /// fork fails in ways that say little; what they mean here.
-fn exhausted(error: io::Error) -> StepError {
+pub fn exhausted(error: io::Error) -> StepError {
     let reason = match error.raw_os_error() {
         Some(libc_eagain) if libc_eagain == rustix::io::Errno::AGAIN.raw_os_error() => {
             "the pids limit of the container is used up (linux.resources.pids.limit)".to_owned()
@@ -184,7 +224,7 @@ fn exhausted(error: io::Error) -> StepError {
 }
 
 /// In the child: everything up to exec. Returns only what went wrong.
-fn become_process(plan: &ProcessPlan, stdio: Stdio, status: &OwnedFd) -> StepError {
+pub fn become_process(plan: &ProcessPlan, stdio: Stdio, status: &OwnedFd) -> StepError {
     match prepare_and_exec(plan, stdio, status) {
         Ok(never) => match never {},
         Err(error) => error,
@@ -233,7 +273,7 @@ fn prepare_and_exec(
     let (path, args, env) = (c_string(&binary)?, c_strings(&plan.args)?, c_strings(&env)?);
 
     let ready: Vec<_> = master.iter().map(AsFd::as_fd).collect();
-    message::send(status, &[PREPARED], &ready).at("tell", "forker")?;
+    prepared(status, &ready)?;
     drop(master);
     let mut go = [0u8; 1];
     if message::receive(status, &mut go, true)

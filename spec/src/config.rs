@@ -32,8 +32,19 @@ pub struct Config {
     pub fallback: Fallback,
     /// The most that the policy grants.
     pub capabilities: Capabilities,
+    /// Which of the kernel's ways to take.
+    pub kernel: Kernel,
     /// The shim's own log.
     pub log: Log,
+}
+
+/// Which of the kernel's ways to take, where it has several.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kernel {
+    /// Take the ways that kernels before 6.17 need on newer ones too. As
+    /// strict, and slower: for tests, and against a bug in the newer ways.
+    pub older_ways: bool,
 }
 
 /// How much is asked of a workload.

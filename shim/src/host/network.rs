@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use casemate_spec::Namespace;
-use casemate_sys::mount::{NewFs, attr};
+use casemate_sys::mount::{NewFs, attr, clone_tree};
 use casemate_sys::namespace::{self, kind};
 use rustix::fs::{Mode, OFlags};
 
@@ -82,9 +83,14 @@ impl Network {
         self.namespace.as_ref()
     }
 
-    /// A detached, read-only mount of the namespace's /sys.
-    pub fn sysfs(&self) -> &OwnedFd {
-        &self.sysfs
+    /// One more detached, read-only mount of the namespace's /sys. A mount
+    /// that is attached nowhere can be cloned since Linux 6.15; before (and
+    /// with `older_ways`) a new one is made.
+    pub fn sysfs(&self, older_ways: bool) -> Result<OwnedFd, SandboxError> {
+        if !older_ways && let Ok(clone) = clone_tree(&self.sysfs, Path::new(""), false, false) {
+            return Ok(clone);
+        }
+        self.inside(mount_sysfs)
     }
 }
 
@@ -120,6 +126,10 @@ fn set_up(
             }
         }
     }
+    mount_sysfs()
+}
+
+fn mount_sysfs() -> Result<OwnedFd, SandboxError> {
     NewFs::open("sysfs")
         .and_then(|fs| fs.mount(attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC))
         .step("mount", "sysfs of the pod's network namespace")

@@ -26,6 +26,9 @@ pub struct Staging {
     root: OwnedFd,
 }
 
+/// Where [`Staging::holding`] holds mounts; not shared with the pod.
+const HOLD: &str = "/hold";
+
 fn path_flags() -> OFlags {
     OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC
 }
@@ -61,6 +64,28 @@ impl Staging {
             std::process::abort();
         }
         result
+    }
+
+    /// Runs `f` in the small namespace with `trees` attached in it, out of the
+    /// pod's sight: what the kernel wants of layers that aren't its caller's
+    /// own detached mounts (before Linux 6.15).
+    pub fn holding<T>(
+        &self,
+        trees: &[&OwnedFd],
+        f: impl FnOnce() -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.inside(|| {
+            let mut held = 0;
+            let result = trees
+                .iter()
+                // One on the other: nobody has to see them.
+                .try_for_each(|tree| mount::attach(tree, CWD, HOLD).map(|()| held += 1))
+                .and_then(|()| f());
+            for _ in 0..held {
+                mount::detach(Path::new(HOLD))?;
+            }
+            result
+        })
     }
 
     /// Attaches `entries` (name, mount) below `directory`, which is made.
@@ -148,10 +173,10 @@ fn build() -> Result<OwnedFd, SandboxError> {
     };
     mount::set_attributes(&old, private).step("make private", "/")?;
     let proc = clone_tree(CWD, Path::new("/proc"), false, false).step("clone", "/proc")?;
-    let root = tmpfs("64k", "16").step("make", "root tmpfs")?;
+    let root = tmpfs("64k", "24").step("make", "root tmpfs")?;
     let stage = tmpfs("1m", "8192").step("make", "staging tmpfs")?;
     mount::attach(&root, CWD, "/run").step("attach", "root tmpfs")?;
-    for name in ["proc", "staging", "root"] {
+    for name in ["proc", "staging", "root", "hold"] {
         rustix::fs::mkdirat(&root, name, Mode::from(0o755)).step("make directory", name)?;
     }
     mount::attach(&proc, &root, "proc").step("attach", "/proc")?;

@@ -150,6 +150,7 @@ pub fn container(
         bounding: process.caps.bounding,
         filter: program(profile_name(config.profile))?,
         landlock,
+        older_kernel: config.kernel.older_ways,
         landlock_reads: config.profile == Profile::Strict,
         no_new_privs: process.no_new_privs,
         cwd: process.cwd.clone(),

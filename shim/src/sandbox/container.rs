@@ -2,7 +2,6 @@
 //! its forker.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -190,18 +189,20 @@ async fn launch(
             sent.map_err(|e| SandboxError::Unavailable(format!("ask the agent: {e}")))
         })
         .await?;
-    let Reply::Ready(forker_pidfd) = reply else {
+    let Reply::Ready(forker_pidfd, early) = reply else {
         return Err(SandboxError::Unavailable(
             "the forker answers out of turn".into(),
         ));
     };
     let forker_pid = pid_in_pod(&forker_pidfd)?;
-    set_oom_score(
-        forker_pid,
-        spec.process.oom_score_adj.unwrap_or(0),
-        &pod.config,
-    )?;
-    let process = process_plan(&spec.process, filter, forker_pid)?;
+    // Init inherits from the forker, unless it is there already.
+    let early = early.as_ref().map(pid_in_pod).transpose()?;
+    let parents: Vec<u32> = std::iter::once(forker_pid).chain(early).collect();
+    for pid in &parents {
+        let score = spec.process.oom_score_adj.unwrap_or(0);
+        set_oom_score(*pid, score, &pod.config)?;
+    }
+    let process = process_plan(&spec.process, filter, &parents)?;
     let spawned = spawn(
         &forker,
         INIT_KEY,
@@ -244,9 +245,12 @@ fn stage(
     let root = rootfs::make(
         &request.rootfs,
         &root_path,
-        &pod.userns,
-        pod.range.container_root(),
+        &rootfs::Owner {
+            userns: &pod.userns,
+            root_id: pod.range.container_root(),
+        },
         flags,
+        (&pod.staging, pod.config.kernel.older_ways),
     )?;
     let mut entries = vec![("rootfs".to_owned(), root)];
     let mut controllers = Vec::new();
@@ -255,8 +259,7 @@ fn stage(
             Staged::Dev(options, attributes) => {
                 dev::make(pod.range.container_root(), options, *attributes)?
             }
-            Staged::Sysfs => clone_tree(pod.network.sysfs(), Path::new(""), false, false)
-                .step("clone", "/sys")?,
+            Staged::Sysfs => pod.network.sysfs(pod.config.kernel.older_ways)?,
             Staged::CgroupV1 => {
                 controllers = cgroup_views(cgroup)?;
                 cgroup_base(&controllers).step("make", "/sys/fs/cgroup")?
@@ -362,7 +365,7 @@ fn set_oom_score(pid: u32, score: i32, config: &Config) -> Result<(), SandboxErr
 fn process_plan(
     spec: &ProcessSpec,
     filter: &(Vec<u8>, u32),
-    forker: u32,
+    parents: &[u32],
 ) -> Result<ProcessPlan, SandboxError> {
     let mut plan = plan::process(spec, filter);
     plan.limits.retain(|limit| {
@@ -373,10 +376,12 @@ fn process_plan(
         if plan.limits.iter().any(|l| l.resource == limit.resource) {
             continue;
         }
-        process::set_limit(forker, limit.resource, limit.soft, limit.hard).step(
-            "set process.rlimits above the node's own: resource",
-            format!("{} to {}", limit.resource, limit.hard),
-        )?;
+        for pid in parents {
+            process::set_limit(*pid, limit.resource, limit.soft, limit.hard).step(
+                "set process.rlimits above the node's own: resource",
+                format!("{} to {}", limit.resource, limit.hard),
+            )?;
+        }
     }
     Ok(plan)
 }
@@ -478,7 +483,7 @@ impl Container {
             .map_err(|e| invalid(e.to_string()))?;
         // The request overrules the document (Exec of the task service).
         spec.terminal = terminal;
-        let plan = process_plan(&spec, &self.filter, self.forker_pid)?;
+        let plan = process_plan(&spec, &self.filter, &[self.forker_pid])?;
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
         spawn(&self.forker, key, false, &plan, &stdio, self.container_root).await
     }

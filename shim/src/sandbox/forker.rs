@@ -19,8 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Answers to requests.
 #[derive(Debug)]
 pub enum Reply {
-    /// The forker is ready; its pidfd.
-    Ready(OwnedFd),
+    /// The forker is ready; its pidfd, and init's where it exists already.
+    Ready(OwnedFd, Option<OwnedFd>),
     /// A process exists: pidfd, and master of its terminal.
     Spawned(OwnedFd, Option<OwnedFd>),
     /// A parked process has passed exec.
@@ -184,7 +184,8 @@ fn handle(
             if state.current != u32::MAX {
                 return Err("unsolicited answer");
             }
-            Ok(Reply::Ready(fds.next().ok_or("no pidfd")?))
+            let forker = fds.next().ok_or("no pidfd")?;
+            Ok(Reply::Ready(forker, fds.next()))
         }
         FromForker::Spawned { key } => {
             if key != state.current {
