@@ -8,7 +8,7 @@
 # SUITE is the Debian suite whose cloud kernel boots. VM_COPY names files and
 # directories that are wanted inside at the same place. Variables CASEMATE_* are
 # handed on. Kernels are kept in target/vm (or VM_DIR). VM_SECONDS bounds a run
-# (default 900). The exit code is the command's.
+# (default 900); VM_CPUS is 1, since some kernels panic under emulation with more. The exit code is the command's.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -51,7 +51,11 @@ if [ ! -e "$kernel/ready" ]; then
   package=$(debian_apt apt-cache depends linux-image-cloud-amd64 |
     sed -nE 's/.*Depends: (linux-image-[0-9][^ ]*)/\1/p' | head -n 1)
   [ -n "$package" ] || { say "no linux-image-cloud-amd64 in $suite"; exit 1; }
-  debian_fetch "$package" "$suite" "$kernel/root" >&2
+  # Newer suites put the image and the modules into packages of their own.
+  for part in "$package" $(debian_apt apt-cache depends "$package" |
+    sed -nE 's/.*Depends: (linux-(image|binary|modules)-[0-9][^ ]*)/\1/p'); do
+    debian_fetch "$part" "$suite" "$kernel/root" >&2
+  done
   image=$(find "$kernel/root" -type f -name 'vmlinuz*' -print -quit)
   [ -d "$kernel/root/lib" ] || ln -s usr/lib "$kernel/root/lib"
   release=$(basename "$(ls -d "$kernel"/root/lib/modules/*)")
@@ -111,7 +115,8 @@ trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null; rm -rf "$run"' EXIT
 {
   printf 'export PATH=/bin:/usr/bin:/usr/sbin HOME=/root\n'
   for name in ${!CASEMATE_@}; do printf 'export %s=%q\n' "$name" "${!name}"; done
-  printf 'cd %q || exit\n' "$PWD"
+  # What service managers give to containerd.
+  printf 'ulimit -n 65536\ncd %q || exit\n' "$PWD"
   printf '%q ' "$@"
   printf '\necho "casemate-vm exit $?"\necho o >/proc/sysrq-trigger\nsleep 60\n'
 } >"$run/command"
@@ -146,7 +151,7 @@ rm -rf "$tree"
 
 say "booting $suite"
 timeout "${VM_SECONDS:-900}" qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu max \
-  -smp 2 -m 3072 -nodefaults -display none -no-reboot -serial "file:$run/console" \
+  -smp "${VM_CPUS:-1}" -m 3072 -nodefaults -display none -no-reboot -serial "file:$run/console" \
   -kernel "$kernel/vmlinuz" -initrd "$run/initrd" \
   -append "console=ttyS0 quiet panic=-1 lsm=landlock,lockdown,yama,integrity" \
   -drive "file=$run/disk,format=raw,if=virtio,cache=unsafe" -device virtio-rng-pci \

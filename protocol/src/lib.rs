@@ -44,11 +44,9 @@ pub enum ToAgent {
     Configure,
     /// Make the forker of a container. Descriptors: the forker's channel, the
     /// plan ([`plan::LaunchPlan`] in a memfd), the user namespace B, and the
-    /// cgroup: the `tasks` files on v1, the one directory on v2.
-    Launch {
-        /// The cgroup descriptor is a directory for CLONE_INTO_CGROUP.
-        cgroup_v2: bool,
-    },
+    /// files that put their writer into the cgroup: `tasks` of each hierarchy
+    /// on v1, `cgroup.procs` on v2.
+    Launch,
 }
 
 /// From the agent to the shim.

@@ -42,14 +42,15 @@ const ROOT_IN_A: u32 = 1;
 /// proc; all mounts, then Landlock; the user namespace last.
 pub fn assemble(
     plan: &LaunchPlan,
-    tasks: &[OwnedFd],
+    cgroup: Vec<OwnedFd>,
     namespace_b: OwnedFd,
 ) -> Result<Container, StepError> {
-    for file in tasks {
-        // "0" moves the writer itself, without the global lock that a write
-        // to cgroup.procs takes.
+    for file in &cgroup {
+        // "0" is the writer itself. The permission is the opener's, the shim's:
+        // nobody in here could open these files (cgroups(7), "Delegation").
         rustix::io::write(file, b"0").at("join cgroup", "")?;
     }
+    drop(cgroup);
     namespace::unshare(kind::CGROUP).at("unshare", "cgroup namespace")?;
     namespace::unshare(kind::PID).at("unshare", "pid namespace")?;
     ident::set_securebits(ident::securebits::NO_SETUID_FIXUP).at("set", "securebits")?;

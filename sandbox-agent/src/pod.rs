@@ -56,7 +56,7 @@ pub fn run() -> Result<(), StepError> {
         if message {
             match channel.receive::<ToAgent>(false) {
                 Ok(None) => return Ok(()),
-                Ok(Some((ToAgent::Launch { cgroup_v2 }, fds))) => launch(fds, cgroup_v2),
+                Ok(Some((ToAgent::Launch, fds))) => launch(fds),
                 Ok(Some((ToAgent::Configure, _))) => {}
                 Err(TransportError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(io::Error::other(e)).at("receive", ""),
@@ -139,7 +139,7 @@ fn private_root() -> Result<(), StepError> {
 
 /// Forks the process that becomes a container's forker. It answers on the
 /// container's own channel, so nothing is to be said here.
-fn launch(mut fds: Vec<OwnedFd>, cgroup_v2: bool) {
+fn launch(mut fds: Vec<OwnedFd>) {
     if fds.len() < 3 {
         return;
     }
@@ -148,17 +148,11 @@ fn launch(mut fds: Vec<OwnedFd>, cgroup_v2: bool) {
         return;
     };
     let channel = Channel::new(channel);
-    let into = if cgroup_v2 {
-        cgroup.first().map(AsFd::as_fd)
-    } else {
-        None
-    };
-    match process::fork_into(casemate_sys::namespace::kind::MOUNT, into) {
+    match process::fork_into(casemate_sys::namespace::kind::MOUNT, None) {
         Ok(Fork::Parent(..)) => {}
         Ok(Fork::Child) => {
             let mut keep = vec![channel.as_fd(), plan.as_fd(), namespace_b.as_fd()];
-            let tasks: &[OwnedFd] = if cgroup_v2 { &[] } else { &cgroup };
-            keep.extend(tasks.iter().map(AsFd::as_fd));
+            keep.extend(cgroup.iter().map(AsFd::as_fd));
             // The agent's own descriptors end here, its values are never used again.
             let closed = exec::close_all_except(&keep).at("close", "inherited descriptors");
             drop(keep);
@@ -166,9 +160,8 @@ fn launch(mut fds: Vec<OwnedFd>, cgroup_v2: bool) {
                 let plan: LaunchPlan = read_plan(plan)
                     .map_err(io::Error::other)
                     .at("read", "launch plan")?;
-                launch::assemble(&plan, tasks, namespace_b)
+                launch::assemble(&plan, cgroup, namespace_b)
             });
-            std::mem::forget(cgroup);
             match result {
                 Ok(container) => crate::forker::run(channel, container),
                 Err(error) => {

@@ -113,3 +113,11 @@ pub fn kill_group(leader: u32) {
         let _ = kill_process_group(pid, Signal::KILL);
     }
 }
+
+/// The kernel's version, major and minor.
+pub fn kernel() -> (u32, u32) {
+    let name = rustix::system::uname();
+    let release = name.release().to_string_lossy();
+    let mut numbers = release.split(['.', '-']).map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}

@@ -133,7 +133,7 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
         pod_id: prepared.pod_id.clone(),
         bundle: prepared.bundle.clone(),
     })
-    .and_then(|sandbox| lockdown::lock().map(|()| sandbox));
+    .and_then(|sandbox| lockdown::lock(sandbox.cgroup()).map(|()| sandbox));
     if let Err(error) = &sandbox {
         log::error!("pod {}: {error}", prepared.pod_id);
     }

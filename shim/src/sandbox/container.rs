@@ -12,7 +12,7 @@ use casemate_protocol::{Channel, INIT_KEY, ToAgent, ToForker, seal_plan};
 use casemate_spec::{Config, ProcessSpec, Tightened};
 use casemate_sys::mount::{attr, clone_tree};
 use casemate_sys::{message, process};
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags};
 
 use super::forker::{Forker, Reply};
 use super::{
@@ -172,18 +172,25 @@ async fn launch(
         .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
     let (ours, theirs) = message::pair().step("make", "socket pair")?;
     let forker = Forker::new(Channel::new(ours)).step("watch", "the container's channel")?;
-    let (files, v2) = match cgroup.attach().map_err(cgroup_error)? {
-        Attach::V1(files) => (files, false),
-        Attach::V2(dir) => (vec![dir], true),
+    let files = match cgroup.attach().map_err(cgroup_error)? {
+        Attach::V1(files) => files,
+        // CLONE_INTO_CGROUP asks for the right to write in a common ancestor,
+        // which the agent must not have.
+        Attach::V2(dir) => vec![
+            rustix::fs::openat(
+                &dir,
+                "cgroup.procs",
+                OFlags::WRONLY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .step("open", "cgroup.procs")?,
+        ],
     };
     let reply = forker
         .ready(|| {
             let mut fds = vec![theirs.as_fd(), sealed.as_fd(), pod.userns.as_fd()];
             fds.extend(files.iter().map(AsFd::as_fd));
-            let sent = pod
-                .agent
-                .channel
-                .send(&ToAgent::Launch { cgroup_v2: v2 }, &fds);
+            let sent = pod.agent.channel.send(&ToAgent::Launch, &fds);
             // Ours must not outlive the forker's, or its end is never seen.
             drop(theirs);
             sent.map_err(|e| SandboxError::Unavailable(format!("ask the agent: {e}")))

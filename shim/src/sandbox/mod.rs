@@ -262,6 +262,11 @@ impl Sandbox {
         self.agent.pid
     }
 
+    /// The agent's own cgroup.
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
+
     /// Resolves when the agent has gone (the pod is lost, or was stopped).
     pub async fn lost(&self) {
         let Ok(copy) = self.agent.pidfd.try_clone() else {

@@ -89,7 +89,14 @@ pub fn make(
         match by_descriptor(&layers, &trees, owner.root_id, attributes) {
             // What it says of all that it doesn't know; the older way will
             // find fault with what is really wrong.
-            Err(e) if e.kind() == io::ErrorKind::InvalidInput => None,
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported
+                ) =>
+            {
+                None
+            }
             done => Some(done),
         }
     };
