@@ -4,6 +4,7 @@
 #   make run CMD="…"     another command, e.g. CMD="sh -c 'id; ls /'"
 #   make test            all tests, unit and end to end (the latter need root)
 #   make e2e T=c041      end-to-end tests whose name has this in it
+#   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
 #   make bench           times and memory beside runc, crun, runsc
@@ -16,7 +17,9 @@ T       ?=
 CMD     ?=
 BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
-.PHONY: help build quick check unit deny test e2e run bench dist clean
+VM_SUITES ?= bookworm sid
+
+.PHONY: help build quick check unit deny test e2e e2e-older vm-test run bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,11 +45,21 @@ unit: quick
 deny:
 	@scripts/deny.sh
 
-test: unit e2e
+test: unit e2e e2e-older
 
 e2e: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
 	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- $(T)
+
+# The ways that kernels before 6.17 need, on this one.
+e2e-older: quick
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_TEST_LIST=$(CURDIR)/tests/vm-trials.txt \
+	  CASEMATE_CONFIG=$(CURDIR)/tests/older-kernel.toml \
+	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e
+
+vm-test: quick
+	$(CARGO) test --profile quick --locked -p casemate-tests --test e2e --no-run
+	@TARGET=$(abspath $(TARGET)/quick) scripts/vm-test.sh $(VM_SUITES)
 
 run:
 	@CMD='$(subst ','\'',$(CMD))' scripts/run.sh

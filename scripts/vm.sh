@@ -23,7 +23,7 @@ modules="virtio_pci virtio_blk ext4 overlay virtio_rng veth bridge tun loop"
 # Programs that the root has, with their libraries.
 programs="bash sh containerd ctr containerd-shim-runc-v2 runc ip setsid mount umount
   cat ls ps sed grep awk sleep mkdir rm cp mv ln chmod chown env id uname dmesg
-  head tail timeout true false kill stat readlink tar gzip find mkfifo"
+  unshare setpriv head tail timeout true false kill stat readlink tar gzip find mkfifo"
 
 say() { echo "vm: $*" >&2; }
 

@@ -140,7 +140,10 @@ impl Task {
     /// Writes `config.json`.
     pub fn write_spec(&self) -> Result<()> {
         let path = self.bundle().join("config.json");
-        fs::write(&path, self.spec.to_string()).map_err(file("write", &path))
+        // A shim that is starting may be reading the one before.
+        let new = self.bundle().join("config.json.new");
+        fs::write(&new, self.spec.to_string()).map_err(file("write", &new))?;
+        fs::rename(&new, &path).map_err(file("rename", &path))
     }
 
     /// Writes the spec, runs `start`, connects.

@@ -10,12 +10,12 @@ use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{self, Outcome, Stop};
 use casemate_tests::world::set_mode;
-use casemate_tests::{ensure, ensure_eq, leaks, procs};
+use casemate_tests::{ensure, ensure_eq, leaks};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::json;
 
 use crate::common::{casemate_only, output};
-use crate::hostile::{add_mount, clean_after_failed_start, expect, named, one_line, told};
+use crate::hostile::{add_mount, expect, named, told};
 
 crate::trials![
     hostile_agent_binaries,
@@ -355,30 +355,19 @@ fn hostile_no_user_namespaces_on_the_node() -> Outcome {
     casemate_only()?;
     const LIMIT: &str = "/proc/sys/user/max_user_namespaces";
     let before = fs::read_to_string(LIMIT)?;
-    let task = Task::new("nouserns", &["/bin/true"])?;
-    task.write_spec()?;
+    let mut task = Task::new("nouserns", &["/bin/true"])?;
     let restored = match Restored::write(LIMIT, "0") {
         Ok(restored) => restored,
         Err(e) => return skip::skip(format!("{LIMIT} can't be written here: {e}")),
     };
-    let output = task.shim.run("start");
+    // The pod is made while containerd connects: Create tells how it went.
+    let created = task.boot().and_then(|_| task.create());
     drop(restored);
     ensure_eq!(fs::read_to_string(LIMIT)?, before, "{LIMIT} after the test");
-    let output = output?;
-    ensure!(
-        output.code() != 0,
-        "start succeeded without user namespaces"
-    );
-    let text = one_line(&(output.out() + &output.err()))?;
-    ensure!(
-        text.contains("user.max_user_namespaces"),
-        "{text:?} does not name the setting"
-    );
-    clean_after_failed_start(&task)?;
-    ensure!(
-        procs::with_command(&task.id).is_empty(),
-        "a process is left"
-    );
+    crate::common::expect_text("Create", created, "user.max_user_namespaces")?;
+    let _ = task.rpc()?.shutdown(&task.id);
+    let _ = task.shim.delete();
+    task.expect_clean(SHORT)?;
     // And the node works again.
     let mut task = Task::new("userns", &["/bin/echo", "again"])?;
     task.run_to_end()?;

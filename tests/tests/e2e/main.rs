@@ -15,6 +15,7 @@ mod hostile;
 mod hostile_node;
 mod hostile_shape;
 mod lifecycle;
+mod limits;
 mod locks;
 mod locks_pod;
 mod loggers;
@@ -23,6 +24,7 @@ mod signals;
 mod stdio;
 mod trees;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -33,7 +35,7 @@ fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     // Two cores are the usual machine; more threads only blur the times.
     args.test_threads = args.test_threads.or(Some(2));
-    let trials: Vec<Trial> = [
+    let mut trials: Vec<Trial> = [
         bootstrap::trials(),
         bootstrap_shim::trials(),
         lifecycle::trials(),
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         daemon::trials(),
         sandbox::trials(),
         trees::trials(),
+        limits::trials(),
         locks::trials(),
         locks_pod::trials(),
         hostile::trials(),
@@ -55,8 +58,20 @@ fn main() -> ExitCode {
     .into_iter()
     .flatten()
     .collect();
+    let mut last = hostile_node::exclusive_trials();
+    if let Some(list) = std::env::var_os("CASEMATE_TEST_LIST") {
+        let kept = match chosen(Path::new(&list), trials.iter().chain(&last)) {
+            Ok(kept) => kept,
+            Err(why) => {
+                println!("{}: {why}", Path::new(&list).display());
+                return close(0, 1, 0, false);
+            }
+        };
+        trials.retain(|trial| kept.contains(trial.name()));
+        last.retain(|trial| kept.contains(trial.name()));
+    }
     if args.list {
-        let all = trials.into_iter().chain(hostile_node::exclusive_trials());
+        let all = trials.into_iter().chain(last);
         return libtest_mimic::run(&args, all.collect()).exit_code();
     }
     if !rustix::process::geteuid().is_root() {
@@ -70,7 +85,7 @@ fn main() -> ExitCode {
     let mut failed = conclusion.num_failed;
     let mut passed = conclusion.num_passed;
     // What changes the whole node for a moment comes last, alone.
-    let last = libtest_mimic::run(&args, hostile_node::exclusive_trials());
+    let last = libtest_mimic::run(&args, last);
     failed += last.num_failed;
     passed += last.num_passed;
     // The host after the whole run is a test of its own.
@@ -105,6 +120,23 @@ fn main() -> ExitCode {
         conclusion.num_ignored + last.num_ignored,
         in_ci && !unlisted.is_empty(),
     )
+}
+
+/// The names that a list has, one a line, the rest of the line being a reason.
+fn chosen<'a>(
+    list: &Path,
+    trials: impl Iterator<Item = &'a Trial>,
+) -> Result<BTreeSet<String>, String> {
+    let text = std::fs::read_to_string(list).map_err(|e| e.to_string())?;
+    let known: BTreeSet<&str> = trials.map(Trial::name).collect();
+    text.lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.split_whitespace().next())
+        .map(|name| match known.contains(name) {
+            true => Ok(name.to_owned()),
+            false => Err(format!("no trial {name}")),
+        })
+        .collect()
 }
 
 /// Prints the closing line and turns it into an exit code.
