@@ -64,8 +64,10 @@ vm-test: quick
 run:
 	@CMD='$(subst ','\'',$(CMD))' scripts/run.sh
 
+# scripts/peers.sh unpacks crun's library beside it, in no place that is searched.
 bench: build
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/release) \
+	  LD_LIBRARY_PATH=$(CURDIR)/target/peers/root/usr/lib/$(ARCH)-linux-gnu \
 	  $(CARGO) run --release --locked -p casemate-tests --bin bench -- $(ARGS)
 
 dist: build
