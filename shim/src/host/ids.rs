@@ -44,12 +44,14 @@ impl IdRange {
         let start = u32::from_ne_bytes(seed) % ids.count.max(1);
         for i in 0..ids.count {
             let slot = (start + i) % ids.count;
-            let lock = try_lock(directory, &format!("{slot}.shim"))?;
+            // Named after its first id: a change of `base` can't hand out a
+            // living pod's ids under another number.
+            let base = ids.base + slot * ids.size;
+            let lock = try_lock(directory, &format!("{base}.shim"))?;
             let Some(lock) = lock else { continue };
-            let Some(agent) = try_lock(directory, &format!("{slot}.agent"))? else {
+            let Some(agent) = try_lock(directory, &format!("{base}.agent"))? else {
                 continue;
             };
-            let base = ids.base + slot * ids.size;
             return Ok(IdRange {
                 base,
                 _lock: lock,
@@ -167,6 +169,22 @@ mod tests {
         assert!(error.to_string().contains("ids.count"), "{error}");
         let freed = held.pop().unwrap().base();
         assert_eq!(IdRange::take(&ids, &dir).unwrap().base(), freed);
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_changed_base_does_not_hand_out_the_ids_of_a_living_pod() {
+        let dir = scratch("moved");
+        let ids = |base, count| Ids {
+            base,
+            count,
+            size: 131_072,
+        };
+        let living = IdRange::take(&ids(0x7002_0000, 1), &dir).unwrap();
+        let moved = IdRange::take(&ids(0x7000_0000, 2), &dir).unwrap();
+        assert_eq!(moved.base(), 0x7000_0000);
+        assert!(IdRange::take(&ids(0x7000_0000, 2), &dir).is_err());
+        drop(living);
         fs::remove_dir_all(dir).unwrap();
     }
 
