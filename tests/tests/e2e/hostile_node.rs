@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use casemate_tests::bundle::Task;
-use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{self, Outcome, Stop};
 use casemate_tests::world::set_mode;
