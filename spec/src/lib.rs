@@ -5,7 +5,7 @@
 //! touches the kernel, so each rule can be tested alone. The steps are
 //! [`load()`] (tolerant of what other producers write, strict about types), then
 //! [`tighten()`] (policy). [`load_process`] and [`tighten_process`] are the same
-//! for the process of an exec.
+//! for the process of an exec, [`tighten_update`] for limits that change later.
 //!
 //! No field of the specification is ignored in silence: [`coverage()`] has one
 //! row for each, and a field that has no row becomes a warning.
@@ -33,5 +33,6 @@ pub use mount::{
     Atime, MountAttrs, MountFlags, MountKind, MountSpec, Propagation, PropagationKind,
 };
 pub use process::{ProcessSpec, Rlimit, tighten_process};
+pub use resources::tighten_update;
 pub use rules::{RULES, Rule};
 pub use tighten::{Context, Namespace, Namespaces, Tightened, tighten};

@@ -93,18 +93,23 @@ fn rule(
     rule
 }
 
+/// Checks the limits of an update. Rules about devices are left out: containerd
+/// sends those of the specification along, and what was made of them at the start
+/// stays.
+///
+/// # Errors
+/// The first rule that refuses a value.
+pub fn tighten_update(mut resources: LinuxResources) -> Result<LinuxResources, Refusal> {
+    resources.set_devices(None);
+    check_values(&resources)?;
+    Ok(resources)
+}
+
 /// Limits, with the rules about devices cut to the default ones.
 pub(crate) fn check(
     mut resources: LinuxResources,
     journal: &mut Journal,
 ) -> Result<LinuxResources, Refusal> {
-    let no = |field: &str, detail: String| {
-        Err(Refusal::new(
-            &RESOURCES,
-            format!("linux.resources.{field}"),
-            detail,
-        ))
-    };
     if allows_all_devices(&resources) {
         return Err(Refusal::new(
             &DEVICE,
@@ -157,8 +162,21 @@ pub(crate) fn check(
             );
         }
     }
+    check_values(&resources)?;
+    Ok(resources)
+}
+
+fn check_values(resources: &LinuxResources) -> Result<(), Refusal> {
+    let no = |field: &str, detail: String| {
+        Err(Refusal::new(
+            &RESOURCES,
+            format!("linux.resources.{field}"),
+            detail,
+        ))
+    };
     if resources
         .memory()
+        .as_ref()
         .is_some_and(|m| m.disable_oom_killer() == Some(true))
     {
         return no(
@@ -208,5 +226,5 @@ pub(crate) fn check(
             );
         }
     }
-    Ok(resources)
+    Ok(())
 }

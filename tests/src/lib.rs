@@ -12,6 +12,7 @@ pub mod ctr;
 pub mod daemon;
 pub mod error;
 pub mod events;
+pub mod exec;
 pub mod image;
 pub mod leaks;
 pub mod procs;

@@ -14,6 +14,13 @@ pub fn start_time(pid: u32) -> Option<u64> {
     parse_stat(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// Host pid of a process's parent: field 4 of `/proc/PID/stat`.
+pub fn parent(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
 fn parse_stat(stat: &str) -> Option<u64> {
     // The name in parentheses may hold blanks and parentheses of its own.
     let (_, rest) = stat.rsplit_once(')')?;

@@ -1,5 +1,6 @@
 //! Moving bytes: `splice` between pipes, a small buffer for terminals and files.
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -81,6 +82,7 @@ pub async fn to_terminal(source: &AsyncFd<OwnedFd>, master: &AsyncFd<OwnedFd>) -
 
 async fn read_all(source: &AsyncFd<OwnedFd>, sink: &mut Output, chunk: usize) -> io::Result<()> {
     let mut buffer = vec![0; chunk];
+    let mut lost = 0;
     loop {
         let count = read_some(source, &mut buffer).await?;
         if count == 0 {
@@ -89,8 +91,26 @@ async fn read_all(source: &AsyncFd<OwnedFd>, sink: &mut Output, chunk: usize) ->
         let bytes = &buffer[..count];
         match sink {
             Output::Fifo(fifo) => write_all(fifo, bytes).await?,
-            Output::File(file) => file.write_all(bytes)?,
+            Output::File(file) => write_or_lose(file, bytes, &mut lost),
             Output::Null => {}
+        }
+    }
+}
+
+/// A log that can't be written (a full disk) is no reason to stop reading: the
+/// workload would be ended by SIGPIPE, or wait for ever.
+fn write_or_lose(file: &mut File, bytes: &[u8], lost: &mut u64) {
+    match file.write_all(bytes) {
+        Ok(()) if *lost > 0 => {
+            log::warn!("the log file can be written again; {lost} bytes of output were lost");
+            *lost = 0;
+        }
+        Ok(()) => {}
+        Err(error) => {
+            if *lost == 0 {
+                log::error!("write the log file: {error}; output is lost until that works");
+            }
+            *lost += bytes.len() as u64;
         }
     }
 }

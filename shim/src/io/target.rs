@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags};
@@ -148,13 +148,18 @@ fn open_log(path: &Path) -> Result<File, ShimError> {
             .create(parent)
             .map_err(failed)?;
     }
-    OpenOptions::new()
+    let file = OpenOptions::new()
         .append(true)
         .create(true)
         .mode(0o644)
         .custom_flags(libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY)
         .open(path)
-        .map_err(failed)
+        .map_err(failed)?;
+    if file.metadata().map_err(failed)?.file_type().is_fifo() {
+        let fifo = std::io::Error::other("it is a fifo: use fifo://");
+        return Err(failed(fifo));
+    }
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -59,6 +59,8 @@ pub struct Facts {
     pub streams: Option<Arc<Streams>>,
     /// CloseIO came before the streams were opened.
     pub stdin_closed: bool,
+    /// Columns and rows that were asked for before there was a terminal.
+    pub size: Option<(u32, u32)>,
     pidfd: Option<Arc<OwnedFd>>,
 }
 
@@ -108,6 +110,7 @@ impl Process {
                 parked: None,
                 streams: None,
                 stdin_closed: false,
+                size: None,
                 pidfd: None,
             }),
             exit: watch::Sender::new(None),

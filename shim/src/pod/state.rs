@@ -7,6 +7,8 @@ pub enum Phase {
     Added,
     /// An init that is parked before exec.
     Created,
+    /// Start of an exec has been asked for; its streams are being opened.
+    Opening,
     /// Start has been asked for and hasn't been answered.
     Starting,
     /// Runs.
@@ -20,6 +22,8 @@ pub enum Phase {
 pub enum Event {
     /// Start is asked for.
     Start,
+    /// The streams of an exec are open.
+    Opened,
     /// Start succeeded; its event is in the queue.
     Started,
     /// Start failed: there is no process.
@@ -43,9 +47,12 @@ impl Phase {
     /// The whole state machine.
     pub fn on(self, event: Event) -> Next {
         match (self, event) {
-            (Phase::Added | Phase::Created, Event::Start) => Next::To(Phase::Starting),
+            (Phase::Added, Event::Start) => Next::To(Phase::Opening),
+            (Phase::Opening, Event::Opened) | (Phase::Created, Event::Start) => {
+                Next::To(Phase::Starting)
+            }
             (Phase::Starting, Event::Started) => Next::To(Phase::Running),
-            (Phase::Starting, Event::Failed) => Next::To(Phase::Stopped),
+            (Phase::Opening | Phase::Starting, Event::Failed) => Next::To(Phase::Stopped),
             (Phase::Starting, Event::Exit) => Next::Park,
             (Phase::Created | Phase::Running, Event::Exit) => Next::To(Phase::Stopped),
             _ => Next::Refuse,
@@ -57,7 +64,7 @@ impl Phase {
         match self {
             Phase::Added => "added",
             Phase::Created => "created",
-            Phase::Starting => "starting",
+            Phase::Opening | Phase::Starting => "starting",
             Phase::Running => "running",
             Phase::Stopped => "stopped",
         }
@@ -70,16 +77,17 @@ mod tests {
 
     #[test]
     fn every_pair_of_phase_and_event_has_its_outcome() {
-        use Event::{Exit, Failed, Start, Started};
-        use Phase::{Added, Created, Running, Starting, Stopped};
-        let events = [Start, Started, Failed, Exit];
+        use Event::{Exit, Failed, Opened, Start, Started};
+        use Phase::{Added, Created, Opening, Running, Starting, Stopped};
+        let events = [Start, Opened, Started, Failed, Exit];
         let (r, p) = (Next::Refuse, Next::Park);
         let table = [
-            (Added, [Next::To(Starting), r, r, r]),
-            (Created, [Next::To(Starting), r, r, Next::To(Stopped)]),
-            (Starting, [r, Next::To(Running), Next::To(Stopped), p]),
-            (Running, [r, r, r, Next::To(Stopped)]),
-            (Stopped, [r, r, r, r]),
+            (Added, [Next::To(Opening), r, r, r, r]),
+            (Created, [Next::To(Starting), r, r, r, Next::To(Stopped)]),
+            (Opening, [r, Next::To(Starting), r, Next::To(Stopped), r]),
+            (Starting, [r, r, Next::To(Running), Next::To(Stopped), p]),
+            (Running, [r, r, r, r, Next::To(Stopped)]),
+            (Stopped, [r, r, r, r, r]),
         ];
         for (phase, outcomes) in table {
             for (event, outcome) in events.into_iter().zip(outcomes) {

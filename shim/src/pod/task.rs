@@ -189,30 +189,48 @@ impl Task {
         Ok(pid)
     }
 
-    /// Starts a registered exec.
+    /// Claims a registered exec for the one Start that it may have. What
+    /// follows is [`Task::start_exec`], or [`Task::exec_failed`].
+    pub fn claim_exec(&self, process: &Process) -> Result<(), ShimError> {
+        let book = self.book();
+        self.refuse_unless_usable(&book, &process.exec_id)?;
+        if self.init.facts().phase != Phase::Running {
+            return Err(ShimError::FailedPrecondition(format!(
+                "exec {:?}: container {:?} is not running",
+                process.exec_id, self.id
+            )));
+        }
+        self.step(process, Event::Start)
+    }
+
+    /// A claimed exec could not be started: whoever waits for it is told.
+    pub fn exec_failed(&self, process: &Process) {
+        let mut book = self.book();
+        self.not_started(process);
+        self.finish_init(&mut book);
+    }
+
+    /// Starts a claimed exec.
     pub async fn start_exec(
         &self,
         process: &Arc<Process>,
         stdio: ChildStdio,
         streams: Arc<Streams>,
     ) -> Result<u32, ShimError> {
-        let Some(container) = self.container() else {
-            return Err(ShimError::FailedPrecondition(format!(
-                "exec {:?}: nothing runs in the sandbox container {:?}",
-                process.exec_id, self.id
-            )));
-        };
-        {
+        let begun = {
+            // Opening the streams may have taken a while.
             let book = self.book();
-            self.refuse_unless_usable(&book, &process.exec_id)?;
-            if self.init.facts().phase != Phase::Running {
-                return Err(ShimError::FailedPrecondition(format!(
-                    "exec {:?}: container {:?} is not running",
-                    process.exec_id, self.id
-                )));
+            self.refuse_unless_usable(&book, &process.exec_id)
+                .and_then(|()| self.step(process, Event::Opened))
+        };
+        let container = match (begun, self.container()) {
+            (Ok(()), Some(container)) => container,
+            (Ok(()), None) => return Err(self.nothing_runs(process)),
+            (Err(error), _) => {
+                self.exec_failed(process);
+                return Err(error);
             }
-            self.step(process, Event::Start)?;
-        }
+        };
         let terminal = process.paths.terminal;
         let answer = container.exec(process.spec(), terminal, stdio).await;
         let mut book = self.book();
@@ -233,6 +251,11 @@ impl Task {
             let mut facts = process.facts();
             if facts.stdin_closed {
                 streams.close_stdin();
+            }
+            if let Some((width, height)) = facts.size.take()
+                && let Err(error) = streams.resize(width, height)
+            {
+                log::warn!("exec {:?}: {error}", process.exec_id);
             }
             facts.streams = Some(streams);
         }
@@ -255,6 +278,14 @@ impl Task {
             return Err(error);
         }
         Ok(pid)
+    }
+
+    fn nothing_runs(&self, process: &Process) -> ShimError {
+        self.exec_failed(process);
+        ShimError::FailedPrecondition(format!(
+            "exec {:?}: nothing runs in the sandbox container {:?}",
+            process.exec_id, self.id
+        ))
     }
 
     fn step(&self, process: &Process, event: Event) -> Result<(), ShimError> {
@@ -410,6 +441,13 @@ impl Task {
                 );
             }
             self.record(&self.init, exited);
+            // Nor can what was never started start any more.
+            for process in book.execs.values() {
+                let never = process.facts().phase == Phase::Added;
+                if never {
+                    process.finish(Exited::now(NOT_STARTED));
+                }
+            }
         }
     }
 

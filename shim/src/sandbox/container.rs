@@ -201,9 +201,12 @@ async fn launch(
             "the forker answers out of turn".into(),
         ));
     };
-    let forker_pid = pid_in_pod(&forker_pidfd)?;
+    let forker_pid = verify::child(&forker_pidfd, pod.agent.pid)?.ok_or_else(ended)?;
     // Init inherits from the forker, unless it is there already.
-    let early = early.as_ref().map(pid_in_pod).transpose()?;
+    let early = match &early {
+        Some(early) => Some(verify::child(early, forker_pid)?.ok_or_else(ended)?),
+        None => None,
+    };
     let parents: Vec<u32> = std::iter::once(forker_pid).chain(early).collect();
     for pid in &parents {
         let score = spec.process.oom_score_adj.unwrap_or(0);
@@ -211,7 +214,7 @@ async fn launch(
     }
     let process = process_plan(&spec.process, filter, &parents)?;
     let spawned = spawn(
-        &forker,
+        (&forker, forker_pid),
         INIT_KEY,
         true,
         &process,
@@ -228,10 +231,8 @@ async fn launch(
     Ok((forker, forker_pid, forker_pidfd, spawned))
 }
 
-/// The host pid behind a pidfd that came from inside.
-fn pid_in_pod(pidfd: &OwnedFd) -> Result<u32, SandboxError> {
-    process::pid_of(pidfd)
-        .map_err(|e| SandboxError::Unavailable(format!("the process has ended already: {e}")))
+fn ended() -> SandboxError {
+    SandboxError::Unavailable("the process has ended before its start".into())
 }
 
 /// Makes the mounts and puts them where the agent finds them.
@@ -394,7 +395,7 @@ fn process_plan(
 }
 
 async fn spawn(
-    forker: &Forker,
+    (forker, forker_pid): (&Forker, u32),
     key: u32,
     parked: bool,
     plan: &ProcessPlan,
@@ -433,12 +434,11 @@ async fn spawn(
         .await?
     {
         Reply::Spawned(pidfd, pty) => {
-            // A short-lived exec may be gone by now; its pid is then told as 0
-            // by fdinfo, and the pidfd still stands for it.
-            let pid = match process::pid_of(&pidfd) {
-                Ok(pid) => pid,
-                Err(_) if !parked => 0,
-                Err(e) => return Err(SandboxError::Unavailable(format!("init has ended: {e}"))),
+            // A short-lived exec may be gone by now: its pid is then told as 0.
+            let pid = match verify::child(&pidfd, forker_pid)? {
+                Some(pid) => pid,
+                None if !parked => 0,
+                None => return Err(ended()),
             };
             Ok(Spawned {
                 key,
@@ -488,11 +488,32 @@ impl Container {
             casemate_spec::load_process(process_json).map_err(|e| invalid(e.to_string()))?;
         let mut spec = casemate_spec::tighten_process(loaded, &self.spec, &self.config)
             .map_err(|e| invalid(e.to_string()))?;
+        for warning in &spec.warnings {
+            log::warn!("exec in container {}: {warning}", self.id);
+        }
         // The request overrules the document (Exec of the task service).
         spec.terminal = terminal;
         let plan = process_plan(&spec, &self.filter, &[self.forker_pid])?;
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
-        spawn(&self.forker, key, false, &plan, &stdio, self.container_root).await
+        let forker = (&self.forker, self.forker_pid);
+        // It inherits the container's score; another one is set before it runs.
+        let score = spec
+            .oom_score_adj
+            .filter(|score| Some(*score) != self.spec.process.oom_score_adj);
+        let parked = score.is_some();
+        let spawned = spawn(forker, key, parked, &plan, &stdio, self.container_root).await?;
+        if let Some(score) = score {
+            let set = set_oom_score(spawned.pid, score, &self.config);
+            let gone = match set {
+                Ok(()) => {
+                    let go = ToForker::Go { key };
+                    self.forker.request(key, &go, &[]).await.map(drop)
+                }
+                Err(error) => Err(error),
+            };
+            gone.inspect_err(|_| drop(process::signal(&spawned.pidfd, KILL)))?;
+        }
+        Ok(spawned)
     }
 
     /// The next exit; `None` when the forker is gone and no more will come

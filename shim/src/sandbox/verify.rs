@@ -2,12 +2,37 @@
 //! it exists. The agent said it is locked; this is where it is seen.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use casemate_cgroup::Cgroup;
 use casemate_spec::ProcessSpec;
 
 use super::SandboxError;
+use crate::bootstrap::proc;
+
+/// The host pid behind a pidfd that came from inside, which must be of a child
+/// of `parent`: whoever sent it could have sent a descriptor of the shim itself
+/// (SO_PEERPIDFD of its channel), or of a process of another container, to have
+/// it signalled. `None`: it has ended.
+pub fn child(pidfd: &OwnedFd, parent: u32) -> Result<Option<u32>, SandboxError> {
+    let Ok(pid) = casemate_sys::process::pid_of(pidfd) else {
+        return Ok(None);
+    };
+    let is = proc::parent(pid);
+    // Only while it lives was that its own entry.
+    if proc::poll_in(pidfd, Duration::ZERO).unwrap_or(true) {
+        return Ok(None);
+    }
+    if is == Some(parent) {
+        Ok(Some(pid))
+    } else {
+        Err(SandboxError::Unavailable(format!(
+            "the container's forker names a process ({pid}) that is not its child"
+        )))
+    }
+}
 
 /// Checks ids, capabilities, no_new_privs, filter and cgroup of host process
 /// `pid`. `root` is the host id of the container's root.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use casemate_cgroup::Cgroup;
+use casemate_cgroup::{Cgroup, CgroupError};
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, Empty, KillRequest, ResizePtyRequest, UpdateTaskRequest,
 };
@@ -16,13 +16,20 @@ use crate::pod::process::finished;
 use crate::pod::state::Phase;
 use crate::pod::task::{KILLED, Task};
 
+/// The highest signal there is (signal(7)).
+const SIGNAL_MAX: i32 = 64;
+
 /// Signals init, one exec, or everything in the container.
 pub fn kill(pod: &Pod, request: &KillRequest) -> Result<Empty, ShimError> {
     let task = pod.task(&request.id)?;
     let process = task.process(&request.exec_id)?;
-    let signal = i32::try_from(request.signal).map_err(|_| {
-        ShimError::InvalidArgument(format!("kill: signal {} is none", request.signal))
-    })?;
+    let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
+    if signal > SIGNAL_MAX {
+        return Err(ShimError::InvalidArgument(format!(
+            "kill: signal {} is none: give 1 to {SIGNAL_MAX}",
+            request.signal
+        )));
+    }
     let phase = process.facts().phase;
     match phase {
         Phase::Stopped => return Err(finished()),
@@ -32,7 +39,7 @@ pub fn kill(pod: &Pod, request: &KillRequest) -> Result<Empty, ShimError> {
                 request.exec_id, request.id
             )));
         }
-        Phase::Created | Phase::Starting | Phase::Running => {}
+        Phase::Created | Phase::Opening | Phase::Starting | Phase::Running => {}
     }
     let Some(container) = task.container() else {
         kill_pause(&task, signal);
@@ -43,8 +50,9 @@ pub fn kill(pod: &Pod, request: &KillRequest) -> Result<Empty, ShimError> {
     } else {
         process.signal(signal)?;
     }
-    if signal == libc::SIGKILL && task.is_paused() {
-        // A frozen process of cgroup v1 dies only when it is thawed.
+    if signal == libc::SIGKILL && task.is_paused() && request.exec_id.is_empty() {
+        // A frozen process of cgroup v1 dies only when it is thawed, and a frozen
+        // forker tells of no exit. One exec is no reason to let all others go on.
         cgroup(&task)?.thaw().map_err(|error| {
             ShimError::Unknown(format!("thaw container {:?} to kill it: {error}", task.id))
         })?;
@@ -131,24 +139,38 @@ pub async fn update(pod: Arc<Pod>, request: UpdateTaskRequest) -> Result<Empty, 
             task.id
         ))
     })?;
+    let resources = casemate_spec::tighten_update(resources).map_err(|error| {
+        ShimError::InvalidArgument(format!("update container {:?}: {error}", task.id))
+    })?;
     if task.container().is_none() {
         // The sandbox container has no processes to limit.
         return Ok(Empty::new());
     }
     let notes = cgroup(&task)?
         .apply(&resources)
-        .map_err(|error| ShimError::Unknown(format!("update container {:?}: {error}", task.id)))?;
+        .map_err(|error| refused(&task.id, &error))?;
     for note in notes {
         log::warn!("update container {}: {note}", task.id);
     }
     Ok(Empty::new())
 }
 
+/// A value that can't be set is the caller's affair, all else the host's.
+fn refused(id: &str, error: &CgroupError) -> ShimError {
+    let text = format!("update container {id:?}: {error}");
+    match error {
+        CgroupError::Limit { .. } => ShimError::InvalidArgument(text),
+        CgroupError::Gone { .. } => ShimError::NotFound(text),
+        _ => ShimError::Unknown(text),
+    }
+}
+
 /// Sets the size of a terminal; without one there is nothing to do.
 pub fn resize_pty(pod: &Pod, request: &ResizePtyRequest) -> Result<Empty, ShimError> {
     let process = pod.task(&request.id)?.process(&request.exec_id)?;
-    if let Some(streams) = process.streams() {
-        streams.resize(request.width, request.height)?;
+    match process.streams() {
+        Some(streams) => streams.resize(request.width, request.height)?,
+        None => process.facts().size = Some((request.width, request.height)),
     }
     Ok(Empty::new())
 }

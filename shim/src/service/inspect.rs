@@ -51,7 +51,7 @@ pub fn state(pod: &Pod, request: &StateRequest) -> Result<StateResponse, ShimErr
 fn status(phase: Phase, paused: bool) -> Status {
     match phase {
         Phase::Stopped => Status::STOPPED,
-        Phase::Added | Phase::Created | Phase::Starting => Status::CREATED,
+        Phase::Added | Phase::Created | Phase::Opening | Phase::Starting => Status::CREATED,
         Phase::Running if paused => Status::PAUSED,
         Phase::Running => Status::RUNNING,
     }

@@ -223,6 +223,7 @@ pub async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse
 
 async fn start_exec(pod: &Pod, task: &Task, exec_id: &str) -> Result<u32, ShimError> {
     let process = task.process(exec_id)?;
+    task.claim_exec(&process)?;
     let stdin_closed = process.facts().stdin_closed;
     let source = Source {
         container: &task.id,
@@ -231,7 +232,13 @@ async fn start_exec(pod: &Pod, task: &Task, exec_id: &str) -> Result<u32, ShimEr
         journal: &pod.journal,
     };
     let opened = Streams::open(&process.paths, source, process.owner, stdin_closed);
-    let (stdio, streams) = opened.await?;
+    let (stdio, streams) = match opened.await {
+        Ok(opened) => opened,
+        Err(error) => {
+            task.exec_failed(&process);
+            return Err(error);
+        }
+    };
     task.start_exec(&process, stdio, Arc::new(streams)).await
 }
 
@@ -286,7 +293,7 @@ pub async fn delete(pod: Arc<Pod>, request: DeleteRequest) -> Result<DeleteRespo
     match phase {
         Phase::Stopped => {}
         Phase::Created => end_parked(&task).await,
-        Phase::Added | Phase::Starting | Phase::Running => {
+        Phase::Added | Phase::Opening | Phase::Starting | Phase::Running => {
             return Err(ShimError::FailedPrecondition(format!(
                 "delete container {:?}: cannot delete a {} process",
                 task.id,
@@ -335,10 +342,18 @@ async fn end_parked(task: &Task) {
 async fn delete_exec(task: &Task, exec_id: &str) -> Result<DeleteResponse, ShimError> {
     let process = task.process(exec_id)?;
     let (phase, pid) = {
-        let facts = process.facts();
-        (facts.phase, facts.pid)
+        let mut facts = process.facts();
+        let phase = facts.phase;
+        if phase == Phase::Added {
+            // No Start may find it any more.
+            facts.phase = Phase::Stopped;
+        }
+        (phase, facts.pid)
     };
-    if matches!(phase, Phase::Starting | Phase::Running) {
+    if phase == Phase::Added {
+        process.finish(Exited::now(0));
+    }
+    if matches!(phase, Phase::Opening | Phase::Starting | Phase::Running) {
         return Err(ShimError::FailedPrecondition(format!(
             "delete exec {exec_id:?} of container {:?}: cannot delete a running process",
             task.id

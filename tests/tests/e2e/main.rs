@@ -11,6 +11,8 @@ mod common;
 mod daemon;
 mod death;
 mod events;
+mod exec;
+mod exec_io;
 mod hostile;
 mod hostile_node;
 mod hostile_shape;
@@ -40,6 +42,8 @@ fn main() -> ExitCode {
         bootstrap_shim::trials(),
         lifecycle::trials(),
         signals::trials(),
+        exec::trials(),
+        exec_io::trials(),
         stdio::trials(),
         loggers::trials(),
         events::trials(),
