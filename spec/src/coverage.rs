@@ -8,8 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::error::one_line;
 use crate::rules::{
-    APPARMOR, HOOKS, MOUNT_IDMAP, PLATFORM, RESOURCES, Rule, SECCOMP_LISTENER, SELINUX,
-    UNSUPPORTED, USER_NAMESPACE,
+    APPARMOR, HOOKS, PLATFORM, RESOURCES, Rule, SECCOMP_LISTENER, SELINUX, UNSUPPORTED,
 };
 
 /// What becomes of a field.
@@ -112,16 +111,12 @@ static TABLE: &[Coverage] = &[
         "mounts[].options",
         "unknown ones and shared propagation are refused; nodev and nosuid are added",
     ),
-    refused(
-        "mounts[].uidMappings",
-        &MOUNT_IDMAP,
-        "casemate maps ids itself",
-    ),
-    refused(
-        "mounts[].gidMappings",
-        &MOUNT_IDMAP,
-        "casemate maps ids itself",
-    ),
+    applied("mounts[].uidMappings[].containerID", "as the pod's"),
+    applied("mounts[].uidMappings[].hostID", "as the pod's"),
+    applied("mounts[].uidMappings[].size", "as the pod's"),
+    applied("mounts[].gidMappings[].containerID", "as the pod's"),
+    applied("mounts[].gidMappings[].hostID", "as the pod's"),
+    applied("mounts[].gidMappings[].size", "as the pod's"),
     // Process.
     applied("process.terminal", ""),
     applied("process.consoleSize.height", ""),
@@ -177,19 +172,21 @@ static TABLE: &[Coverage] = &[
     // Linux.
     stricter(
         "linux.namespaces[].type",
-        "the host's are refused unless allowed by name; user and time are refused",
+        "the host's are refused unless allowed by name; time is refused",
     ),
-    applied("linux.namespaces[].path", "network, pid, ipc and uts only"),
-    refused(
-        "linux.uidMappings",
-        &USER_NAMESPACE,
-        "casemate has ids of its own for each pod",
+    applied(
+        "linux.namespaces[].path",
+        "network, pid, ipc and uts; user: only its mapping, which must be the one written",
     ),
-    refused(
-        "linux.gidMappings",
-        &USER_NAMESPACE,
-        "casemate has ids of its own for each pod",
+    applied("linux.uidMappings[].containerID", "0, in one line"),
+    applied(
+        "linux.uidMappings[].hostID",
+        "not the host's ids nor casemate's own; locked while the pod lives",
     ),
+    applied("linux.uidMappings[].size", "65536"),
+    applied("linux.gidMappings[].containerID", "0, in one line"),
+    applied("linux.gidMappings[].hostID", "the same as of uidMappings"),
+    applied("linux.gidMappings[].size", "65536"),
     refused("linux.netDevices", &UNSUPPORTED, "not applied yet"),
     applied(
         "linux.sysctl.*",

@@ -22,6 +22,7 @@ pub mod process;
 mod resources;
 pub mod rules;
 pub mod tighten;
+pub mod users;
 
 pub use caps::Caps;
 pub use config::{Config, Profile};
@@ -30,9 +31,10 @@ pub use error::{ConfigError, Refusal, SpecError};
 pub use journal::Decision;
 pub use load::{Kind, Loaded, LoadedProcess, PodIdentity, load, load_process};
 pub use mount::{
-    Atime, MountAttrs, MountFlags, MountKind, MountSpec, Propagation, PropagationKind,
+    Atime, IdMap, MountAttrs, MountFlags, MountKind, MountSpec, Propagation, PropagationKind,
 };
 pub use process::{ProcessSpec, Rlimit, tighten_process};
 pub use resources::tighten_update;
 pub use rules::{RULES, Rule};
 pub use tighten::{Context, Namespace, Namespaces, Tightened, tighten};
+pub use users::PodUsers;

@@ -8,6 +8,7 @@ use crate::paths::{plain_absolute, within};
 use crate::rules::{
     MOUNT_DESTINATION, MOUNT_IDMAP, MOUNT_OPTION, MOUNT_PROPAGATION, MOUNT_SOURCE, MOUNT_TYPE, Rule,
 };
+use crate::users::{self, PodUsers};
 
 /// Filesystems a specification may ask for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +72,16 @@ pub enum PropagationKind {
     Unbindable,
 }
 
+/// An id mapping that was asked for. It is the pod's own, which every bind is
+/// given anyway, but then what can't be mapped is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IdMap {
+    /// `uidMappings`, or `idmap`: of the mount itself.
+    Mount,
+    /// `ridmap`: of all mounts below too.
+    Recursive,
+}
+
 /// A propagation option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Propagation {
@@ -91,6 +102,8 @@ pub struct MountFlags {
     pub rbind: bool,
     /// Propagation, when asked for.
     pub propagation: Option<Propagation>,
+    /// Ids must be mapped.
+    pub idmap: Option<IdMap>,
     /// `sync` of the filesystem.
     pub sync: bool,
     /// `dirsync` of the filesystem.
@@ -135,6 +148,7 @@ pub(crate) fn check(
     mount: &Mount,
     index: usize,
     nosuid: bool,
+    users: Option<&PodUsers>,
 ) -> Result<(MountSpec, Notes), Refusal> {
     let written = mount.destination().to_string_lossy().into_owned();
     let no = |rule: &'static Rule, part: &str, detail: String| -> Result<_, Refusal> {
@@ -183,11 +197,7 @@ pub(crate) fn check(
             }
         }
     };
-    if mount.uid_mappings().as_ref().is_some_and(|m| !m.is_empty())
-        || mount.gid_mappings().as_ref().is_some_and(|m| !m.is_empty())
-    {
-        return no(&MOUNT_IDMAP, "uidMappings", destination);
-    }
+    let mapped = mapping(mount, index, kind, &destination, users)?;
     if let Err(why) = check_place(&destination, kind) {
         return no(
             &MOUNT_DESTINATION,
@@ -218,6 +228,7 @@ pub(crate) fn check(
 
     let mut flags = MountFlags {
         rbind: typ == "rbind",
+        idmap: mapped.then_some(IdMap::Mount),
         ..MountFlags::default()
     };
     for option in options {
@@ -239,6 +250,40 @@ pub(crate) fn check(
         },
         notes,
     ))
+}
+
+/// Whether a mapping is written; it must be the pod's own.
+fn mapping(
+    mount: &Mount,
+    index: usize,
+    kind: MountKind,
+    destination: &str,
+    users: Option<&PodUsers>,
+) -> Result<bool, Refusal> {
+    let uids = mount.uid_mappings().as_deref().unwrap_or_default();
+    let gids = mount.gid_mappings().as_deref().unwrap_or_default();
+    if uids.is_empty() && gids.is_empty() {
+        return Ok(false);
+    }
+    for (part, mappings) in [("uidMappings", uids), ("gidMappings", gids)] {
+        let field = format!("mounts[{index}].{part}");
+        let no = |why: String| {
+            let detail = format!("{destination} {why}");
+            Err(Refusal::new(&MOUNT_IDMAP, &field, detail))
+        };
+        if kind != MountKind::Bind {
+            return no("is no bind".into());
+        }
+        let first = users::first_id(mappings, &field, &MOUNT_IDMAP)?;
+        match users {
+            None => return no("has one, and the pod has none".into()),
+            Some(pod) if pod.first != first => {
+                return no(format!("from host id {first}, the pod from {}", pod.first));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(true)
 }
 
 fn shown(text: &str) -> String {
@@ -300,7 +345,11 @@ impl MountFlags {
             "rshared" => self.propagate(Shared, true)?,
             "unbindable" => self.propagate(Unbindable, false)?,
             "runbindable" => self.propagate(Unbindable, true)?,
-            "idmap" | "ridmap" => return Err((&MOUNT_IDMAP, "")),
+            "idmap" | "ridmap" if kind != MountKind::Bind => {
+                return Err((&MOUNT_IDMAP, ", which is no bind"));
+            }
+            "idmap" => self.idmap = Some(IdMap::Mount),
+            "ridmap" => self.idmap = Some(IdMap::Recursive),
             _ if self.attrs.add(option) => {}
             // `rw` and `relatime` also start with an r, so plain names first.
             _ if option

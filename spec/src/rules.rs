@@ -53,9 +53,13 @@ rules! {
         "the OCI specification forbids it",
         "Name each namespace once, with an absolute path or none.";
     USER_NAMESPACE = "user-namespace",
-        "a user namespace chosen by the kubelet is not supported yet",
-        "every pod gets a user namespace and ids of its own anyway, chosen by casemate",
-        "Remove hostUsers: false; the isolation is the same.";
+        "this user namespace is refused",
+        "a pod has the ids 0 to 65535, each mapped to one id of the host",
+        "Let the kubelet choose the mapping, one line of 65536 ids from 0, or remove hostUsers: false: every pod has a user namespace of its own anyway.";
+    USER_NAMESPACE_IDS = "user-namespace-ids",
+        "these host ids of a user namespace are refused",
+        "ids that somebody else has or could get are no isolation",
+        "Move ids.base in the node's configuration or the kubelet's range (user kubelet in /etc/subuid) out of each other's way.";
     PRIVILEGED = "privileged",
         "privileged containers are refused in this sandbox",
         "a privileged container is root of the node",
@@ -121,9 +125,9 @@ rules! {
         "an option that isn't known could not be checked",
         "Remove the option.";
     MOUNT_IDMAP = "mount-idmap",
-        "an id mapping of a mount is not supported yet",
-        "casemate maps the ids of each mount itself",
-        "Remove hostUsers: false.";
+        "this id mapping of a mount is refused",
+        "a mount is mapped as its pod is, or somebody else's files would be the pod's",
+        "Map it as linux.uidMappings and linux.gidMappings map the pod, or leave its mapping out.";
     PATH = "path",
         "this path makes no sense",
         "a path is absolute and plain, or it could mean something else inside",

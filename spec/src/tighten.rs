@@ -20,8 +20,9 @@ use crate::resources;
 use crate::rules::{
     APPARMOR, CGROUP_PATH, HOST_IPC, HOST_MOUNT, HOST_NETWORK, HOST_PID, NAMESPACE_LIST, PATH,
     PERSONALITY, PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, SELINUX, SYSCTL, TIME_NAMESPACE,
-    UNSUPPORTED, USER_NAMESPACE,
+    UNSUPPORTED,
 };
+use crate::users::{self, PodUsers};
 
 /// Facts of the moment that the specification doesn't hold.
 #[derive(Debug, Clone, Copy, Default)]
@@ -71,6 +72,8 @@ pub struct Tightened {
     pub domainname: Option<String>,
     /// Namespaces.
     pub namespaces: Namespaces,
+    /// Host ids, where they aren't casemate's choice.
+    pub users: Option<PodUsers>,
     /// Mounts in order.
     pub mounts: Vec<MountSpec>,
     /// Absolute paths to hide.
@@ -153,6 +156,7 @@ pub fn tighten(
     refuse_privileged(&spec, linux)?;
     let namespaces = namespaces(linux, &config.sandbox)?;
     let mut journal = Journal::new(&fields, warnings)?;
+    let users = users::check(linux, &config.ids)?;
     if !(spec.version().is_empty() || spec.version().starts_with("1.")) {
         return Err(Refusal::new(
             &UNSUPPORTED,
@@ -187,7 +191,7 @@ pub fn tighten(
 
     let mut mounts = Vec::new();
     for (i, mount) in spec.mounts().iter().flatten().enumerate() {
-        let (mount, notes) = mount::check(mount, i, force)?;
+        let (mount, notes) = mount::check(mount, i, force, users.as_ref())?;
         for note in notes {
             journal.warn("mounts[].options", &note);
         }
@@ -236,6 +240,7 @@ pub fn tighten(
         pod,
         process,
         namespaces,
+        users,
         mounts,
         masked_paths,
         readonly_paths,
@@ -330,9 +335,6 @@ fn namespaces(linux: &Linux, allow: &Sandbox) -> Result<Namespaces, Refusal> {
     match find(LinuxNamespaceType::Cgroup, None, true)? {
         Namespace::New => {}
         _ => return Err(Refusal::new(&CGROUP_PATH, "linux.namespaces", "")),
-    }
-    if names(linux, LinuxNamespaceType::User) {
-        return Err(Refusal::new(&USER_NAMESPACE, "linux.namespaces", ""));
     }
     if names(linux, LinuxNamespaceType::Time) {
         return Err(Refusal::new(&TIME_NAMESPACE, "linux.namespaces", ""));
