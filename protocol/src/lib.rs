@@ -31,7 +31,8 @@ pub const MAX_PLAN: u64 = 8 * 1024 * 1024;
 pub const MAX_TEXT: usize = 2048;
 /// Number of the control socket in the agent at its start.
 pub const AGENT_SOCKET: i32 = 3;
-/// Number of the id range's lock in the agent at its start.
+/// Number of the id range's lock in the agent at its start; more locks may
+/// follow it.
 pub const AGENT_LOCK: i32 = 4;
 /// Key of a container's init among its processes.
 pub const INIT_KEY: u32 = 0;

@@ -23,6 +23,10 @@ use crate::launch;
 pub fn run() -> Result<(), StepError> {
     let channel = Channel::new(mount::adopt_inherited(AGENT_SOCKET).at("adopt", "control socket")?);
     let _lock = mount::adopt_inherited(AGENT_LOCK).at("adopt", "id range lock")?;
+    // More of them follow where somebody else chose the containers' ids.
+    let _more: Vec<OwnedFd> = (AGENT_LOCK + 1..)
+        .map_while(|number| mount::adopt_inherited(number).ok())
+        .collect();
     ident::set_dumpable(false).at("set", "dumpable")?;
 
     match configure(&channel) {

@@ -6,9 +6,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use casemate_spec::{Config, Context, Namespace, RULES, caps, load, tighten};
-use common::{
-    CONTEXT, CRI_CONTAINER, CRI_PAUSE, CTR_1_6, MAXIMAL, accepted, config, policy, refusal, with,
-};
+use common::{CONTEXT, CRI_PAUSE, CTR_1_6, MAXIMAL, accepted, config, policy, refusal, with};
 use serde_json::{Value, json};
 
 /// The rule, the field it names, and what to change for it.

@@ -66,6 +66,20 @@ pub fn pid_for_children(pidfd: impl AsFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(r) })
 }
 
+/// `NS_GET_USERNS` (ioctl_nsfs(2)).
+const NS_GET_USERNS: libc::c_ulong = 0xb701;
+
+/// The user namespace that owns the namespace behind `fd`.
+pub fn owner(fd: impl AsFd) -> io::Result<OwnedFd> {
+    // SAFETY: this ioctl takes no argument and returns a new descriptor.
+    let r = unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), NS_GET_USERNS, 0) };
+    if r < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(r) })
+}
+
 /// Brings the loopback device of the current network namespace up (netdevice(7)).
 pub fn loopback_up() -> io::Result<()> {
     let socket = rustix::net::socket_with(

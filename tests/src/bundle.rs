@@ -230,6 +230,12 @@ impl Task {
         })
     }
 
+    /// Lets go of a task that has ended while its shim lives on: the files go,
+    /// the shim stays.
+    pub fn forget(mut self) {
+        self.booted = None;
+    }
+
     /// What is left of this task on the host, its own bundle aside.
     pub fn leaks(&self) -> Vec<String> {
         let mut left = crate::leaks::with_mark(&self.id);

@@ -15,6 +15,7 @@ pub mod events;
 pub mod exec;
 pub mod image;
 pub mod leaks;
+pub mod pod;
 pub mod procs;
 pub mod run;
 pub mod shim;

@@ -54,13 +54,13 @@ pub fn start(
         Attach::V2(dir) => (Vec::new(), Some(dir)),
     };
     let namespaces = kind::USER | kind::MOUNT | kind::PID | kind::IPC | kind::UTS;
-    let lock = range.agent_lock();
+    let locks = range.agent_locks();
     let forked = network.inside(|| {
         staging
             .inside(|| {
                 let forked = process::fork_into(namespaces, directory.as_ref().map(AsFd::as_fd))?;
                 if let Fork::Child = forked {
-                    let error = become_agent(&program, &null, &theirs, lock, &tasks, &wait, &go);
+                    let error = become_agent(&program, &null, &theirs, locks, &tasks, &wait, &go);
                     let text = clip(&error);
                     let _ = Channel::new(theirs).send(&FromAgent::Failed { text }, &[]);
                     process::exit_now(1);
@@ -172,7 +172,7 @@ fn become_agent(
     program: &OwnedFd,
     null: &OwnedFd,
     control: &OwnedFd,
-    lock: &OwnedFd,
+    locks: &[OwnedFd],
     tasks: &[OwnedFd],
     wait: &OwnedFd,
     go: &OwnedFd,
@@ -180,8 +180,9 @@ fn become_agent(
     let prepared = (|| -> std::io::Result<()> {
         // Our copy of the parent's end: its death must be seen.
         exec::close_all_except(
-            &[program, null, control, lock, wait]
+            &[program, null, control, wait]
                 .into_iter()
+                .chain(locks)
                 .chain(tasks)
                 .map(AsFd::as_fd)
                 .collect::<Vec<_>>(),
@@ -201,13 +202,10 @@ fn become_agent(
         rustix::process::setsid()?;
         process::reset_signals();
         let copy = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 16);
-        let files = vec![
-            copy(null)?,
-            copy(null)?,
-            copy(null)?,
-            copy(control)?,
-            copy(lock)?,
-        ];
+        let mut files = vec![copy(null)?, copy(null)?, copy(null)?, copy(control)?];
+        for lock in locks {
+            files.push(copy(lock)?);
+        }
         exec::install_descriptors(files)
     })();
     if let Err(e) = prepared {

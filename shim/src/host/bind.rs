@@ -20,12 +20,13 @@ pub fn open(spec: &MountSpec, userns: &OwnedFd) -> Result<(OwnedFd, bool), Sandb
         clone_tree(CWD, Path::new(&spec.source), spec.flags.rbind, true).step("open", &object)?;
     let own = attributes(&spec.flags.attrs);
     let below = attributes(&spec.flags.recursive);
-    map(&tree, userns, own, false).map_err(|e| explain_idmap(e, &object))?;
-    if spec.flags.rbind {
-        // Mounts below are mapped where they can be; what can't is shown with
-        // ids that the pod doesn't have, which is safe.
-        let _ = map(&tree, userns, 0, true);
+    map(&tree, None, 0, spec.flags.rbind).step("cut off", &object)?;
+    // Mounts below are mapped where they can be; what can't is shown with ids
+    // that the pod doesn't have, which is safe.
+    if !spec.flags.rbind || map(&tree, Some(userns), 0, true).is_err() {
+        map(&tree, Some(userns), 0, false).map_err(|e| explain_idmap(e, &object))?;
     }
+    map(&tree, None, own, false).step("set flags of", &object)?;
     if below != 0 {
         let change = Change {
             set: below,

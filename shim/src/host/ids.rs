@@ -3,12 +3,17 @@
 //! A range is taken by locking its file (flock(2)); the lock goes with the
 //! shim. A second file is locked through a descriptor that only the agent
 //! keeps: while either lives, nobody else gets the range.
+//!
+//! Where the kubelet has chosen the containers' ids (`hostUsers: false`), only
+//! the agent's own is taken from the node's ranges, and the kubelet's are locked
+//! as well.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use casemate_spec::config::Ids;
 use rustix::fs::FlockOperation;
@@ -21,21 +26,32 @@ pub const DIRECTORY: &str = "/run/casemate/ids";
 /// Ids of the containers of a pod.
 pub const CONTAINER_IDS: u32 = 65536;
 
+/// How long a pod may take to let go of ids that the kubelet gives away again.
+const HANDOVER: Duration = Duration::from_secs(1);
+
 /// A range in our hands.
 pub struct IdRange {
     base: u32,
-    _lock: File,
-    agent_lock: OwnedFd,
+    container_root: u32,
+    _locks: Vec<File>,
+    agent_locks: Vec<OwnedFd>,
 }
 
 impl IdRange {
-    /// Takes a free range.
-    pub fn take(ids: &Ids, directory: &Path) -> Result<IdRange, SandboxError> {
+    /// Takes a free range. `chosen` is the containers' first id, where it isn't
+    /// ours to choose.
+    pub fn take(ids: &Ids, chosen: Option<u32>, directory: &Path) -> Result<IdRange, SandboxError> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(directory)
             .step("make directory", directory.display().to_string())?;
+        let (mut locks, mut agent_locks) = (Vec::new(), Vec::new());
+        for block in chosen.into_iter().flat_map(blocks) {
+            let (lock, agent) = take_over(directory, block)?;
+            locks.push(lock);
+            agent_locks.push(agent);
+        }
         // Start anywhere: a freed range isn't handed out again at once, and
         // concurrent shims seldom try the same one.
         let mut seed = [0u8; 4];
@@ -47,15 +63,16 @@ impl IdRange {
             // Named after its first id: a change of `base` can't hand out a
             // living pod's ids under another number.
             let base = ids.base + slot * ids.size;
-            let lock = try_lock(directory, &format!("{base}.shim"))?;
-            let Some(lock) = lock else { continue };
-            let Some(agent) = try_lock(directory, &format!("{base}.agent"))? else {
+            let Some((lock, agent)) = try_both(directory, base)? else {
                 continue;
             };
+            locks.push(lock);
+            agent_locks.push(agent);
             return Ok(IdRange {
                 base,
-                _lock: lock,
-                agent_lock: agent.into(),
+                container_root: chosen.unwrap_or(base + 1),
+                _locks: locks,
+                agent_locks,
             });
         }
         Err(SandboxError::Failed(format!(
@@ -65,20 +82,57 @@ impl IdRange {
         )))
     }
 
-    /// Host id of the agent; the containers' root is the next one.
+    /// Host id of the agent.
     pub fn base(&self) -> u32 {
         self.base
     }
 
     /// Host id of the containers' root.
     pub fn container_root(&self) -> u32 {
-        self.base + 1
+        self.container_root
     }
 
-    /// The lock for the agent to hold.
-    pub fn agent_lock(&self) -> &OwnedFd {
-        &self.agent_lock
+    /// The locks for the agent to hold.
+    pub fn agent_locks(&self) -> &[OwnedFd] {
+        &self.agent_locks
     }
+}
+
+/// First ids of the blocks of 65536 that a pod's ids lie in: one where the
+/// kubelet chose them, as its ranges are such blocks. Whoever else chooses may
+/// straddle two.
+fn blocks(first: u32) -> impl Iterator<Item = u32> {
+    let (low, high) = (first, first + (CONTAINER_IDS - 1));
+    let block = |id: u32| id - id % CONTAINER_IDS;
+    std::iter::once(block(low)).chain((block(high) != block(low)).then(|| block(high)))
+}
+
+/// Locks a block that somebody else gave this pod. Who had it before may be on
+/// the way out.
+fn take_over(directory: &Path, block: u32) -> Result<(File, OwnedFd), SandboxError> {
+    let begun = Instant::now();
+    loop {
+        if let Some(both) = try_both(directory, block)? {
+            return Ok(both);
+        }
+        if begun.elapsed() > HANDOVER {
+            return Err(SandboxError::Failed(format!(
+                "take the ids of linux.uidMappings: some of {block} to {} are another living \
+                 pod's; give each pod ids of its own (the kubelet does), or end that pod",
+                block + (CONTAINER_IDS - 1)
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Locks the range from `first`, for the shim and for the agent.
+fn try_both(directory: &Path, first: u32) -> Result<Option<(File, OwnedFd)>, SandboxError> {
+    let Some(lock) = try_lock(directory, &format!("{first}.shim"))? else {
+        return Ok(None);
+    };
+    let agent = try_lock(directory, &format!("{first}.agent"))?;
+    Ok(agent.map(|agent| (lock, agent.into())))
 }
 
 fn try_lock(directory: &Path, name: &str) -> Result<Option<File>, SandboxError> {
@@ -100,9 +154,14 @@ fn try_lock(directory: &Path, name: &str) -> Result<Option<File>, SandboxError> 
 
 /// Writes the maps of user namespace A: 0 the agent, 1… the containers.
 pub fn map_agent(pid: u32, range: &IdRange) -> io::Result<()> {
-    let line = format!("0 {} {}\n", range.base(), CONTAINER_IDS + 1);
-    fs::write(format!("/proc/{pid}/uid_map"), &line)?;
-    fs::write(format!("/proc/{pid}/gid_map"), &line)
+    // Two lines even where they could be one: the ids inside are the same.
+    let lines = format!(
+        "0 {} 1\n1 {} {CONTAINER_IDS}\n",
+        range.base(),
+        range.container_root()
+    );
+    fs::write(format!("/proc/{pid}/uid_map"), &lines)?;
+    fs::write(format!("/proc/{pid}/gid_map"), &lines)
 }
 
 #[cfg(test)]
@@ -132,7 +191,7 @@ mod tests {
                 std::thread::spawn(move || {
                     for _ in 0..5 {
                         let held: Vec<_> = (0..10)
-                            .map(|_| IdRange::take(&ids, &dir).unwrap())
+                            .map(|_| IdRange::take(&ids, None, &dir).unwrap())
                             .collect();
                         for range in &held {
                             assert!(
@@ -162,13 +221,15 @@ mod tests {
             count: 3,
             size: 131_072,
         };
-        let mut held: Vec<_> = (0..3).map(|_| IdRange::take(&ids, &dir).unwrap()).collect();
-        let Err(error) = IdRange::take(&ids, &dir) else {
+        let mut held: Vec<_> = (0..3)
+            .map(|_| IdRange::take(&ids, None, &dir).unwrap())
+            .collect();
+        let Err(error) = IdRange::take(&ids, None, &dir) else {
             panic!("a fourth of three")
         };
         assert!(error.to_string().contains("ids.count"), "{error}");
         let freed = held.pop().unwrap().base();
-        assert_eq!(IdRange::take(&ids, &dir).unwrap().base(), freed);
+        assert_eq!(IdRange::take(&ids, None, &dir).unwrap().base(), freed);
         fs::remove_dir_all(dir).unwrap();
     }
 
@@ -180,10 +241,10 @@ mod tests {
             count,
             size: 131_072,
         };
-        let living = IdRange::take(&ids(0x7002_0000, 1), &dir).unwrap();
-        let moved = IdRange::take(&ids(0x7000_0000, 2), &dir).unwrap();
+        let living = IdRange::take(&ids(0x7002_0000, 1), None, &dir).unwrap();
+        let moved = IdRange::take(&ids(0x7000_0000, 2), None, &dir).unwrap();
         assert_eq!(moved.base(), 0x7000_0000);
-        assert!(IdRange::take(&ids(0x7000_0000, 2), &dir).is_err());
+        assert!(IdRange::take(&ids(0x7000_0000, 2), None, &dir).is_err());
         drop(living);
         fs::remove_dir_all(dir).unwrap();
     }
@@ -196,12 +257,47 @@ mod tests {
             count: 1,
             size: 131_072,
         };
-        let range = IdRange::take(&ids, &dir).unwrap();
-        let agents = range.agent_lock().try_clone().unwrap();
+        let range = IdRange::take(&ids, None, &dir).unwrap();
+        let agents = range.agent_locks()[0].try_clone().unwrap();
         drop(range);
-        assert!(IdRange::take(&ids, &dir).is_err());
+        assert!(IdRange::take(&ids, None, &dir).is_err());
         drop(agents);
-        assert!(IdRange::take(&ids, &dir).is_ok());
+        assert!(IdRange::take(&ids, None, &dir).is_ok());
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn ids_that_the_kubelet_chose_are_one_living_pods() {
+        let dir = scratch("chosen");
+        let ids = Ids {
+            base: 0x7000_0000,
+            count: 8,
+            size: 131_072,
+        };
+        let take = |first| IdRange::take(&ids, Some(first), &dir);
+        let pod = take(65536).unwrap();
+        assert_eq!(pod.container_root(), 65536);
+        assert!(pod.base() >= 0x7000_0000, "the agent's is the node's");
+        let beside = take(131_072).unwrap();
+        assert_ne!(beside.base(), pod.base());
+        // The same, and any that have only some of them.
+        for first in [65536, 65537, 1000 + 65536, 131_071] {
+            let Err(error) = take(first) else {
+                panic!("{first} twice")
+            };
+            let text = error.to_string();
+            assert!(text.contains("another living"), "{text}");
+        }
+        // While the agent alone lives too; then never again.
+        let agents: Vec<OwnedFd> = pod
+            .agent_locks()
+            .iter()
+            .map(|l| l.try_clone().unwrap())
+            .collect();
+        drop(pod);
+        assert!(take(65536).is_err());
+        drop(agents);
+        assert!(take(65536).is_ok());
         fs::remove_dir_all(dir).unwrap();
     }
 }

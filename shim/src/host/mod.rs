@@ -10,6 +10,7 @@ pub mod network;
 pub mod rootfs;
 pub mod staging;
 pub mod userns;
+pub mod users;
 
 use std::io;
 

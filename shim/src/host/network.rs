@@ -1,5 +1,6 @@
-//! The pod's network namespace, always owned by the host's user namespace:
-//! what the shim sets in it, the pod can't undo.
+//! The pod's network namespace: owned by the host's user namespace, or by one
+//! that was made for the pod and that nobody lives in. What the shim sets in it,
+//! the pod can't undo.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -12,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::Step;
 use super::ids::CONTAINER_IDS;
+use super::users::same;
 use crate::sandbox::SandboxError;
 
 /// The namespace, and a read-only view of its /sys.
@@ -24,14 +26,16 @@ pub struct Network {
 
 fn open_ns(path: &str) -> Result<OwnedFd, SandboxError> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .step("open network namespace", path)
+        .step("open namespace", path)
 }
 
 impl Network {
     /// Makes or opens the namespace and prepares it for containers whose root
-    /// is host id `container_root`. `sysctls` are the spec's `net.*`.
+    /// is host id `container_root`. `sysctls` are the spec's `net.*`; `pinned` is
+    /// a user namespace that a given one may belong to, beside the host's.
     pub fn prepare(
         wanted: &Namespace,
+        pinned: Option<&OwnedFd>,
         container_root: u32,
         sysctls: &[(&str, &str)],
     ) -> Result<Network, SandboxError> {
@@ -40,6 +44,7 @@ impl Network {
             Namespace::Host => None,
             Namespace::Path(path) => {
                 let fd = open_ns(path)?;
+                check_owner(&fd, pinned, path)?;
                 namespace::enter(&fd, kind::NET).step("enter network namespace", path)?;
                 Some(fd)
             }
@@ -92,6 +97,31 @@ impl Network {
         }
         self.inside(mount_sysfs)
     }
+}
+
+/// Whoever has capabilities in the user namespace that owns `network` can
+/// change it. That may be the host, or a namespace that was made for this pod and
+/// that nobody lives in.
+fn check_owner(
+    network: &OwnedFd,
+    pinned: Option<&OwnedFd>,
+    path: &str,
+) -> Result<(), SandboxError> {
+    let owner = namespace::owner(network).step("look for the owner of network namespace", path)?;
+    let host = open_ns("/proc/self/ns/user")?;
+    let known = same(&owner, &host).step("look at", "user namespaces")?
+        || match pinned {
+            Some(pinned) => same(&owner, pinned).step("look at", "user namespaces")?,
+            None => false,
+        };
+    if known {
+        return Ok(());
+    }
+    Err(SandboxError::Invalid(format!(
+        "network namespace {path} (linux.namespaces) belongs to a user namespace that is neither \
+         the host's nor the one that linux.namespaces names: who has capabilities there could \
+         change the pod's network; make it in one of these"
+    )))
 }
 
 /// Back to the host's namespace, or not at all: a shim that talks to

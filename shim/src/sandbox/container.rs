@@ -19,7 +19,7 @@ use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-use super::{namespaces, verify};
+use super::{namespaces, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::staging::Staging;
 use crate::host::{Step, bind, dev, rootfs};
@@ -87,6 +87,7 @@ pub(super) async fn create(
 ) -> Result<(Arc<Container>, Spawned), SandboxError> {
     let spec = read_spec(&request.bundle, &request.id, &pod.config)?;
     namespaces::check(&spec.namespaces, pod.agent.pid, pod.network.namespace())?;
+    users::check(spec.users.as_ref(), pod.users.as_ref(), pod.agent.pid)?;
     let filter = plan::filter(spec.seccomp.as_ref())?;
     let directory = {
         let mut next = pod
@@ -256,6 +257,7 @@ fn stage(
         &rootfs::Owner {
             userns: &pod.userns,
             root_id: pod.range.container_root(),
+            chosen: pod.users.is_some(),
         },
         flags,
         (&pod.staging, pod.config.kernel.older_ways),

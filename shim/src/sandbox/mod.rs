@@ -5,6 +5,7 @@
 mod container;
 mod forker;
 mod namespaces;
+mod users;
 mod verify;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -122,6 +123,8 @@ pub struct Sandbox {
     hierarchy: Hierarchy,
     journal: Arc<Journal>,
     range: IdRange,
+    /// Who chose the containers' ids, if it wasn't casemate.
+    users: Option<users::Chosen>,
     network: Network,
     staging: Arc<Staging>,
     /// The containers' user namespace.
@@ -188,14 +191,21 @@ impl Sandbox {
         let journal = Journal::open(&request.bundle)
             .step("open the journal in", request.bundle.display().to_string())?;
         let landlock = landlock(&config)?;
-        let range = IdRange::take(&config.ids, Path::new(DIRECTORY))?;
+        let chosen = users::Chosen::of(spec.users.as_ref())?;
+        let first = chosen.as_ref().map(users::Chosen::first);
+        let range = IdRange::take(&config.ids, first, Path::new(DIRECTORY))?;
         let sysctls: Vec<(&str, &str)> = spec
             .sysctl
             .iter()
             .filter(|(name, _)| name.starts_with("net."))
             .map(|(name, value)| (name.as_str(), value.as_str()))
             .collect();
-        let network = Network::prepare(&spec.namespaces.network, range.container_root(), &sysctls)?;
+        let network = Network::prepare(
+            &spec.namespaces.network,
+            chosen.as_ref().and_then(users::Chosen::pinned),
+            range.container_root(),
+            &sysctls,
+        )?;
         let staging = Staging::new()?;
 
         let hierarchy = Hierarchy::detect().map_err(cgroup_error)?;
@@ -247,6 +257,7 @@ impl Sandbox {
             hierarchy,
             journal: Arc::new(journal),
             range,
+            users: chosen,
             network,
             staging: Arc::new(staging),
             userns,

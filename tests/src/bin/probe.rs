@@ -49,6 +49,8 @@ fn obey(words: &[&str]) -> ExitCode {
         ["connect", name] => attack::connect(name),
         ["drive", path] => attack::drive(path),
         ["read", path] => read(path),
+        // Needs CAP_NET_ADMIN over the network namespace.
+        ["loopback"] => casemate_sys::namespace::loopback_up(),
         _ => Err(io::Error::other(format!("unknown words {words:?}"))),
     };
     match done {

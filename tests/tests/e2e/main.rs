@@ -25,6 +25,8 @@ mod sandbox;
 mod signals;
 mod stdio;
 mod trees;
+mod userns;
+mod userns_rootfs;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -58,6 +60,8 @@ fn main() -> ExitCode {
         hostile_node::trials(),
         hostile_shape::trials(),
         bad_input::trials(),
+        userns::trials(),
+        userns_rootfs::trials(),
     ]
     .into_iter()
     .flatten()

@@ -10,7 +10,7 @@ use casemate_sys::ident::{self, CapSets, securebits};
 use casemate_sys::mount::{self, NewFs, attr, clone_tree};
 use rustix::fs::{CWD, Mode, OFlags};
 
-use super::{Owner, Step, explain_idmap, map, refuse};
+use super::{Files, Owner, Step, explain_idmap, map, refuse};
 use crate::host::staging::Staging;
 use crate::sandbox::SandboxError;
 
@@ -54,6 +54,8 @@ fn parse(options: &[String]) -> Result<Layers, SandboxError> {
             ("upperdir", Some(path)) => layers.upper = Some(path.into()),
             ("workdir", Some(path)) => layers.work = Some(path.into()),
             ("ro" | "rw" | "defaults", None) => {}
+            // What they say of the files has been read.
+            ("uidmap" | "gidmap", Some(_)) => {}
             (key, value) if OVERLAY_OPTIONS.contains(&key) => {
                 layers
                     .other
@@ -74,13 +76,13 @@ fn parse(options: &[String]) -> Result<Layers, SandboxError> {
 /// Makes the overlay that containerd's `options` describe.
 pub fn make(
     options: &[String],
-    owner: &Owner<'_>,
+    (owner, files): (&Owner<'_>, Files),
     attributes: u64,
     staging: &Staging,
     older_ways: bool,
 ) -> Result<OwnedFd, SandboxError> {
     let layers = parse(options)?;
-    let trees = Trees::open(&layers, owner.userns)?;
+    let trees = Trees::open(&layers, owner.userns, files)?;
     let wants_ro = options.iter().any(|o| o == "ro");
     let attributes = attributes | if wants_ro { attr::RDONLY } else { 0 };
     let newer = if older_ways || OLDER_KERNEL.load(Ordering::Relaxed) {
@@ -227,15 +229,18 @@ impl Trees {
     /// Opens all layers through mapped mounts: one for all that lie on one
     /// mount below a common parent (as containerd's snapshots do), else one
     /// each (snapshotters whose layers are mounts).
-    fn open(layers: &Layers, userns: &OwnedFd) -> Result<Trees, SandboxError> {
+    fn open(layers: &Layers, userns: &OwnedFd, files: Files) -> Result<Trees, SandboxError> {
+        let map_lower = (files != Files::Shifted).then_some(userns);
+        let map_upper = (files == Files::Plain).then_some(userns);
+        let together = map_lower.is_some() == map_upper.is_some();
+        let upper_too = layers.upper.iter().chain(&layers.work);
         let all: Vec<&PathBuf> = layers
             .lower
             .iter()
-            .chain(&layers.upper)
-            .chain(&layers.work)
+            .chain(upper_too.filter(|_| together))
             .collect();
         // A parent whose file system can't be mapped may hold mounts that can.
-        let shared = Shared::of(&all, userns).ok().flatten();
+        let shared = Shared::of(&all, map_lower).ok().flatten();
         let below = |path: &PathBuf| match &shared {
             Some(shared) => shared.open(path),
             None => Ok(None),
@@ -245,7 +250,7 @@ impl Trees {
             lower.push(match below(path)? {
                 Some(fd) => fd,
                 None => {
-                    let tree = own_tree(path, userns)?;
+                    let tree = own_tree(path, map_lower)?;
                     own.push(
                         tree.try_clone()
                             .step("open layer", path.display().to_string())?,
@@ -256,10 +261,12 @@ impl Trees {
         }
         let (mut upper, mut work, mut pair) = (None, None, None);
         if let (Some(u), Some(w)) = (&layers.upper, &layers.work) {
-            (upper, work) = (below(u)?, below(w)?);
+            if together {
+                (upper, work) = (below(u)?, below(w)?);
+            }
             // Both must be on one mount: the kernel checks it.
             if upper.is_none() || work.is_none() {
-                pair = Shared::of(&[u, w], userns)?;
+                pair = Shared::of(&[u, w], map_upper)?;
                 if let Some(pair) = &pair {
                     (upper, work) = (pair.open(u)?, pair.open(w)?);
                 }
@@ -282,7 +289,7 @@ impl Trees {
     }
 }
 
-fn own_tree(path: &Path, userns: &OwnedFd) -> Result<OwnedFd, SandboxError> {
+fn own_tree(path: &Path, userns: Option<&OwnedFd>) -> Result<OwnedFd, SandboxError> {
     let object = path.display().to_string();
     let tree = clone_tree(CWD, path, false, true).step("open layer", &object)?;
     map(&tree, userns, 0, false).map_err(|e| explain_idmap(e, &object))?;
@@ -297,7 +304,7 @@ struct Shared {
 
 impl Shared {
     /// Of the common parent of `paths`, if there is one.
-    fn of(paths: &[&PathBuf], userns: &OwnedFd) -> Result<Option<Shared>, SandboxError> {
+    fn of(paths: &[&PathBuf], userns: Option<&OwnedFd>) -> Result<Option<Shared>, SandboxError> {
         let Some(parent) = common_parent(paths) else {
             return Ok(None);
         };
