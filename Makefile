@@ -4,6 +4,7 @@
 #   make run CMD="…"     another command, e.g. CMD="sh -c 'id; ls /'"
 #   make test            all tests, unit and end to end (the latter need root)
 #   make e2e T=c041      end-to-end tests whose name has this in it
+#   make e2e T=cri21     those on one containerd: cri16, cri17, cri21, cri23
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
@@ -19,7 +20,7 @@ BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
 VM_SUITES ?= bookworm sid
 
-.PHONY: help build quick check unit deny test e2e e2e-older vm-test run bench dist clean
+.PHONY: help build quick check unit deny test daemons e2e e2e-older vm-test run bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,7 +48,12 @@ deny:
 
 test: unit e2e e2e-older
 
-e2e: quick
+# Other generations of containerd, and what the tests of CRI need.
+daemons:
+	@scripts/packages.sh
+	@scripts/daemons.sh
+
+e2e: quick daemons
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
 	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- $(T)
 

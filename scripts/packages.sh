@@ -10,6 +10,7 @@ need runc runc
 need ip iproute2
 need setsid util-linux
 need make make
+need protoc protobuf-compiler
 if ! command -v cc >/dev/null; then
   missing+=(gcc libc6-dev)
 fi

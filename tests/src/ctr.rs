@@ -13,6 +13,7 @@ use crate::run::{Output, run};
 pub struct Ctr {
     address: PathBuf,
     namespace: String,
+    path: Option<String>,
 }
 
 impl Ctr {
@@ -21,7 +22,25 @@ impl Ctr {
         Self {
             address: address.to_owned(),
             namespace: namespace.to_owned(),
+            path: None,
         }
+    }
+
+    /// The `ctr` that this PATH leads to: the daemon's own.
+    pub fn with_path(mut self, path: &str) -> Self {
+        self.path = Some(path.to_owned());
+        self
+    }
+
+    /// The program: resolved here, as spawning looks at our own PATH.
+    fn program(&self) -> PathBuf {
+        self.path
+            .as_deref()
+            .unwrap_or_default()
+            .split(':')
+            .map(|dir| Path::new(dir).join("ctr"))
+            .find(|path| path.exists())
+            .unwrap_or_else(|| PathBuf::from("ctr"))
     }
 
     /// The namespace.
@@ -31,7 +50,7 @@ impl Ctr {
 
     /// The command `ctr …args`, not started.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("ctr");
+        let mut command = Command::new(self.program());
         command
             .arg("-a")
             .arg(&self.address)

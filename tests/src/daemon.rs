@@ -1,5 +1,6 @@
 //! A containerd of our own: root, state and sockets in a fresh directory, so
-//! that the system's containerd, if there is one, never notices.
+//! that the system's containerd, if there is one, never notices. Which one is a
+//! matter of PATH ([`crate::generation`]).
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -18,41 +19,30 @@ use crate::run::until;
 pub struct Daemon {
     dir: PathBuf,
     path: String,
+    netns: Option<PathBuf>,
     running: Mutex<Option<(std::process::Child, Identity)>>,
 }
 
 impl Daemon {
     /// Starts a containerd in `dir`, which must not exist yet, with this PATH.
     pub fn start(dir: &Path, path: &str) -> Result<Self> {
+        Self::configured(dir, path, &plain(dir), None)
+    }
+
+    /// Starts one with this configuration file, inside of that network
+    /// namespace.
+    pub fn configured(dir: &Path, path: &str, config: &str, netns: Option<&Path>) -> Result<Self> {
         fs::create_dir_all(dir).map_err(file("make", dir))?;
         let daemon = Self {
             dir: dir.to_owned(),
             path: path.to_owned(),
+            netns: netns.map(Path::to_owned),
             running: Mutex::new(None),
         };
-        let config = daemon.dir.join("config.toml");
-        fs::write(&config, daemon.config()).map_err(file("write", &config))?;
+        let file_path = daemon.dir.join("config.toml");
+        fs::write(&file_path, config).map_err(file("write", &file_path))?;
         daemon.up()?;
         Ok(daemon)
-    }
-
-    /// Version 2 of the configuration file: read by 1.6 and 1.7, and migrated
-    /// by 2.x. CRI and the snapshotters that need other file systems are off.
-    fn config(&self) -> String {
-        let dir = self.dir.display();
-        format!(
-            "version = 2\n\
-             root = \"{dir}/root\"\n\
-             state = \"{dir}/state\"\n\
-             disabled_plugins = [\"io.containerd.grpc.v1.cri\", \
-               \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.btrfs\", \
-               \"io.containerd.snapshotter.v1.devmapper\", \"io.containerd.snapshotter.v1.zfs\", \
-               \"io.containerd.tracing.processor.v1.otlp\", \"io.containerd.internal.v1.tracing\"]\n\
-             [grpc]\n  address = \"{dir}/c.sock\"\n\
-             [ttrpc]\n  address = \"{dir}/c.sock.ttrpc\"\n\
-             [debug]\n  level = \"info\"\n\
-             [plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{dir}/opt\"\n"
-        )
     }
 
     /// Starts the daemon (again) on the same state.
@@ -64,9 +54,15 @@ impl Daemon {
             .open(&log)
             .map_err(file("open", &log))?;
         let twin = log.try_clone().map_err(file("duplicate", &self.dir))?;
-        // setsid(1) execs in place when it is no group leader, so the pid is
-        // containerd's own.
-        let child = Command::new("setsid")
+        // setsid(1) execs in place when it is no group leader, and so does
+        // nsenter(1), so the pid is containerd's own.
+        let mut command = Command::new("setsid");
+        if let Some(netns) = &self.netns {
+            command
+                .arg("nsenter")
+                .arg(format!("--net={}", netns.display()));
+        }
+        let child = command
             .arg("containerd")
             .arg("--config")
             .arg(self.dir.join("config.toml"))
@@ -169,8 +165,27 @@ impl Daemon {
 
     /// A `ctr` for this daemon.
     pub fn ctr(&self, namespace: &str) -> Ctr {
-        Ctr::new(&self.address(), namespace)
+        Ctr::new(&self.address(), namespace).with_path(&self.path)
     }
+}
+
+/// Version 2 of the configuration file: read by 1.6 and 1.7, and migrated by
+/// 2.x. CRI and the snapshotters that need other file systems are off.
+fn plain(dir: &Path) -> String {
+    let dir = dir.display();
+    format!(
+        "version = 2\n\
+         root = \"{dir}/root\"\n\
+         state = \"{dir}/state\"\n\
+         disabled_plugins = [\"io.containerd.grpc.v1.cri\", \
+           \"io.containerd.snapshotter.v1.aufs\", \"io.containerd.snapshotter.v1.btrfs\", \
+           \"io.containerd.snapshotter.v1.devmapper\", \"io.containerd.snapshotter.v1.zfs\", \
+           \"io.containerd.tracing.processor.v1.otlp\", \"io.containerd.internal.v1.tracing\"]\n\
+         [grpc]\n  address = \"{dir}/c.sock\"\n\
+         [ttrpc]\n  address = \"{dir}/c.sock.ttrpc\"\n\
+         [debug]\n  level = \"info\"\n\
+         [plugins.\"io.containerd.internal.v1.opt\"]\n  path = \"{dir}/opt\"\n"
+    )
 }
 
 impl Drop for Daemon {

@@ -7,6 +7,8 @@ use std::sync::Mutex;
 
 use libtest_mimic::{Completion, Failed, Trial};
 
+use crate::results;
+
 /// Why a test stopped early.
 #[derive(Debug)]
 pub enum Stop {
@@ -62,13 +64,19 @@ macro_rules! ensure_eq {
 static SKIPPED: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
 
 /// Wraps a test function for the harness.
-pub fn trial(name: &'static str, test: fn() -> Outcome) -> Trial {
-    Trial::ignorable_test(name, move || match test() {
-        Ok(()) => Ok(Completion::Completed),
-        Err(Stop::Fail(why)) => Err(Failed::from(why)),
-        Err(Stop::Skip(reason)) => {
-            note(name, &reason);
-            Ok(Completion::ignored_with(format!("skipped: {reason}")))
+pub fn trial(name: &str, test: impl FnOnce() -> Outcome + Send + 'static) -> Trial {
+    let name = name.to_owned();
+    Trial::ignorable_test(name.clone(), move || {
+        results::begin(&name);
+        let outcome = test();
+        results::end(&name, &outcome);
+        match outcome {
+            Ok(()) => Ok(Completion::Completed),
+            Err(Stop::Fail(why)) => Err(Failed::from(why)),
+            Err(Stop::Skip(reason)) => {
+                note(&name, &reason);
+                Ok(Completion::ignored_with(format!("skipped: {reason}")))
+            }
         }
     })
 }
@@ -85,7 +93,8 @@ pub fn skipped() -> BTreeMap<String, String> {
     SKIPPED.lock().map(|all| all.clone()).unwrap_or_default()
 }
 
-/// Skipped tests that the list at `path` (`name: reason` a line) does not name.
+/// Skipped tests that the list at `path` (`name: reason` a line) does not name;
+/// a name that ends in `*` stands for all that begin so.
 pub fn not_allowed(path: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let allowed: Vec<&str> = text
@@ -95,6 +104,11 @@ pub fn not_allowed(path: &Path) -> Vec<String> {
         .collect();
     skipped()
         .into_keys()
-        .filter(|name| !allowed.contains(&name.as_str()))
+        .filter(|name| {
+            !allowed.iter().any(|entry| match entry.strip_suffix('*') {
+                Some(begin) => name.starts_with(begin),
+                None => name == entry,
+            })
+        })
         .collect()
 }

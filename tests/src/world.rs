@@ -1,6 +1,7 @@
 //! What all tests of one run share: a scratch directory, a mark that every id
 //! carries, the unpacked base image, and one private containerd.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::daemon::Daemon;
 use crate::error::{Failure, Result, file};
+use crate::generation::{Generation, Netns};
 use crate::image::{catalog, layer};
 
 /// Environment variable that names the runtime under test.
@@ -22,6 +24,9 @@ pub const RUNTIME: &str = "io.containerd.casemate.v2";
 /// containerd namespaces of the tests, which are names of cgroups too.
 const NAMESPACES: [&str; 2] = [crate::bundle::NAMESPACE, "casemate-e2e"];
 
+/// Parent of the cgroups of pods made through CRI.
+pub const PODS: &str = "casemate-pods";
+
 /// The shared part of a test run.
 pub struct World {
     dir: TempDir,
@@ -29,7 +34,17 @@ pub struct World {
     runtime: String,
     next: AtomicU32,
     daemon: Mutex<Option<Arc<Daemon>>>,
+    others: Mutex<BTreeMap<Generation, Arc<Node>>>,
     base: Mutex<Option<PathBuf>>,
+}
+
+/// A containerd of a certain generation with CRI on, and the network that it
+/// takes for its node's.
+pub struct Node {
+    /// The daemon.
+    pub daemon: Daemon,
+    /// Where it, its shims and its bridge are.
+    pub netns: Netns,
 }
 
 static WORLD: LazyLock<std::result::Result<World, String>> =
@@ -55,6 +70,7 @@ impl World {
             runtime: std::env::var(RUNTIME_VARIABLE).unwrap_or_else(|_| RUNTIME.to_owned()),
             next: AtomicU32::new(0),
             daemon: Mutex::new(None),
+            others: Mutex::default(),
             base: Mutex::new(None),
         })
     }
@@ -124,6 +140,7 @@ impl World {
 
     /// The private containerd, started at the first call.
     pub fn daemon(&self) -> Result<Arc<Daemon>> {
+        crate::results::touched(crate::generation::system());
         let mut slot = lock(&self.daemon)?;
         if let Some(daemon) = &*slot {
             return Ok(daemon.clone());
@@ -133,8 +150,32 @@ impl World {
         Ok(daemon)
     }
 
-    /// Stops the daemon and removes everything; returns what is left.
+    /// A containerd of that generation with CRI on, with base and pause images;
+    /// started at the first call. Its programs must be there.
+    pub fn node(&self, generation: Generation) -> Result<Arc<Node>> {
+        crate::results::touched(generation.version());
+        let mut slot = lock(&self.others)?;
+        if let Some(node) = slot.get(&generation) {
+            return Ok(node.clone());
+        }
+        let netns = Netns::make(&format!("{}-{}", self.mark, generation.tag()))?;
+        let dir = self.dir().join(format!("n{}", generation.tag()));
+        let daemon = generation.start(&dir, &self.path(), &self.shim()?, &netns)?;
+        for image in [catalog::pause()?, catalog::base(Some(&probe()?))?] {
+            daemon.ctr("k8s.io").import(&image, self.dir())?;
+        }
+        let node = Arc::new(Node { daemon, netns });
+        slot.insert(generation, node.clone());
+        Ok(node)
+    }
+
+    /// Stops the daemons and removes everything; returns what is left.
     pub fn close(&self) -> Vec<String> {
+        if let Ok(mut slot) = self.others.lock() {
+            for node in std::mem::take(&mut *slot).into_values() {
+                node.daemon.stop();
+            }
+        }
         if let Ok(mut slot) = self.daemon.lock()
             && let Some(daemon) = slot.take()
         {
@@ -150,7 +191,7 @@ impl World {
         let _ = crate::run::until("a clean host", std::time::Duration::from_secs(5), || {
             left().is_empty()
         });
-        for namespace in NAMESPACES {
+        for namespace in [&NAMESPACES[..], &["k8s.io", PODS]].concat() {
             crate::leaks::remove_namespace_cgroups(namespace);
         }
         let left = left();

@@ -1,6 +1,7 @@
 //! The command-line half: flags, `start`, `delete`, `-info`, and the server's
 //! own start.
 
+pub mod daemon;
 pub mod delete;
 pub mod flags;
 pub mod info;

@@ -71,7 +71,8 @@ impl Spec {
     }
 
     /// Whether the daemon that wrote this speaks version 3 of the shim
-    /// protocol: 2.0 and later stamp 1.2.0 and more.
+    /// protocol, as far as this tells: 2.0 and later stamp 1.2.0 and more, and
+    /// so does 1.7 where it is built with newer libraries ([`super::daemon`]).
     pub fn is_from_containerd_2(&self) -> bool {
         let mut numbers = self
             .oci_version

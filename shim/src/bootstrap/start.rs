@@ -18,6 +18,7 @@ use protobuf::well_known_types::any::Any;
 use rustix::pipe::PipeFlags;
 use rustix::thread::CoreSchedulingScope;
 
+use super::daemon;
 use super::flags::Flags;
 use super::proc;
 use super::socket::{self, Claim};
@@ -63,7 +64,7 @@ pub fn run(flags: &Flags) -> Result<(), String> {
             }
         }
     }
-    let answer = Answer::choose(&stdin, &spec).encode(&address)?;
+    let answer = Answer::choose(&stdin, &spec, daemon::major()).encode(&address)?;
     io::stdout()
         .write_all(&answer)
         .map_err(|error| format!("print the address: {error}"))
@@ -165,11 +166,15 @@ enum Answer {
 }
 
 impl Answer {
-    fn choose(stdin: &Stdin, spec: &Spec) -> Answer {
-        match stdin {
-            Stdin::Bootstrap(_) => Answer::Protobuf,
-            Stdin::Legacy(_) if spec.is_from_containerd_2() => Answer::Json,
-            Stdin::Legacy(_) => Answer::Bare,
+    /// For a daemon of this major version, if that is known; otherwise the
+    /// specification tells, as far as it can.
+    fn choose(stdin: &Stdin, spec: &Spec, major: Option<u32>) -> Answer {
+        match (stdin, major) {
+            (Stdin::Bootstrap(_), _) => Answer::Protobuf,
+            (Stdin::Legacy(_), Some(0..2)) => Answer::Bare,
+            (Stdin::Legacy(_), Some(_)) => Answer::Json,
+            (Stdin::Legacy(_), None) if spec.is_from_containerd_2() => Answer::Json,
+            (Stdin::Legacy(_), None) => Answer::Bare,
         }
     }
 
@@ -429,11 +434,16 @@ mod tests {
             serde_json::from_str(&format!(r#"{{"ociVersion":"{version}"}}"#)).unwrap()
         };
         let legacy = Stdin::Legacy(None);
-        assert_eq!(Answer::choose(&legacy, &spec("1.2.0")), Answer::Json);
-        assert_eq!(Answer::choose(&legacy, &spec("1.1.0")), Answer::Bare);
-        assert_eq!(Answer::choose(&legacy, &spec("1.0.2-dev")), Answer::Bare);
+        let choose =
+            |stdin: &Stdin, version: &str, major| Answer::choose(stdin, &spec(version), major);
+        assert_eq!(choose(&legacy, "1.2.0", None), Answer::Json);
+        assert_eq!(choose(&legacy, "1.1.0", None), Answer::Bare);
+        assert_eq!(choose(&legacy, "1.0.2-dev", None), Answer::Bare);
+        // 1.7 built with newer libraries, and 2.x with a foreign specification.
+        assert_eq!(choose(&legacy, "1.2.1", Some(1)), Answer::Bare);
+        assert_eq!(choose(&legacy, "1.0.2", Some(2)), Answer::Json);
         let bootstrap = Stdin::parse(&params("i"), &flags()).unwrap();
-        assert_eq!(Answer::choose(&bootstrap, &spec("1.3.0")), Answer::Protobuf);
+        assert_eq!(choose(&bootstrap, "1.3.0", None), Answer::Protobuf);
 
         assert_eq!(Answer::Bare.encode("unix:///a").unwrap(), b"unix:///a");
         let json: serde_json::Value =

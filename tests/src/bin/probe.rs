@@ -51,6 +51,7 @@ fn obey(words: &[&str]) -> ExitCode {
         ["read", path] => read(path),
         // Needs CAP_NET_ADMIN over the network namespace.
         ["loopback"] => casemate_sys::namespace::loopback_up(),
+        ["ping", address] => ping(address),
         _ => Err(io::Error::other(format!("unknown words {words:?}"))),
     };
     match done {
@@ -194,6 +195,29 @@ fn dial(path: &str) -> io::Result<()> {
             _ => println!("open: {e}"),
         },
     }
+    Ok(())
+}
+
+/// One echo request from an unprivileged ICMP socket (icmp(7)), and its answer.
+fn ping(address: &str) -> io::Result<()> {
+    use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, sockopt};
+    let address: std::net::Ipv4Addr = address.parse().map_err(io::Error::other)?;
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, Some(ipproto::ICMP))?;
+    sockopt::set_socket_timeout(
+        &socket,
+        sockopt::Timeout::Recv,
+        Some(Duration::from_secs(10)),
+    )?;
+    // Type 8, echo; the kernel fills in checksum and identifier.
+    let request = [8, 0, 0, 0, 0, 0, 0, 1, b'h', b'i'];
+    let to = std::net::SocketAddrV4::new(address, 0);
+    rustix::net::sendto(&socket, &request, SendFlags::empty(), &to)?;
+    let mut answer = [0; 64];
+    let (_, length, _) = rustix::net::recvfrom(&socket, &mut answer, RecvFlags::empty())?;
+    if length != request.len() || answer[0] != 0 {
+        return Err(io::Error::other(format!("answer {:?}", &answer[..length])));
+    }
+    println!("answered");
     Ok(())
 }
 

@@ -24,6 +24,25 @@ pub const HOSTILE_LINKS: &str = "casemate.test/hostile-links:latest";
 /// A huge /etc/passwd that is not text.
 pub const HOSTILE_PASSWD: &str = "casemate.test/hostile-passwd:latest";
 
+/// Its entry point; a name that no other program has.
+pub const PAUSE_PROGRAM: &str = "/casemate-test-pause";
+
+/// An image for pods to begin with. What it has is no program: whoever executes
+/// it fails.
+pub fn pause() -> Result<Image> {
+    let mut layer = Layer::default();
+    layer.file(
+        PAUSE_PROGRAM.trim_start_matches('/'),
+        mode(0o755),
+        b"not a program\n",
+    )?;
+    Ok(Image {
+        name: crate::generation::PAUSE.to_owned(),
+        layers: vec![layer.finish()?],
+        cmd: vec![PAUSE_PROGRAM.to_owned()],
+    })
+}
+
 /// Debian's static busybox.
 pub fn busybox() -> Result<PathBuf> {
     ["/bin/busybox", "/usr/bin/busybox"]

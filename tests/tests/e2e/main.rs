@@ -8,6 +8,7 @@ mod bad_input;
 mod bootstrap;
 mod bootstrap_shim;
 mod common;
+mod cri;
 mod daemon;
 mod death;
 mod events;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         bad_input::trials(),
         userns::trials(),
         userns_rootfs::trials(),
+        cri::trials(),
     ]
     .into_iter()
     .flatten()
