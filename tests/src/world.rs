@@ -21,8 +21,11 @@ pub const BINARIES_VARIABLE: &str = "CASEMATE_TEST_BIN_DIR";
 /// The runtime under test when nothing else is said.
 pub const RUNTIME: &str = "io.containerd.casemate.v2";
 
+/// containerd namespace of tests through `ctr`.
+pub const NAMESPACE: &str = "casemate-e2e";
+
 /// containerd namespaces of the tests, which are names of cgroups too.
-const NAMESPACES: [&str; 2] = [crate::bundle::NAMESPACE, "casemate-e2e"];
+const NAMESPACES: [&str; 2] = [crate::bundle::NAMESPACE, NAMESPACE];
 
 /// Parent of the cgroups of pods made through CRI.
 pub const PODS: &str = "casemate-pods";
@@ -161,9 +164,12 @@ impl World {
         let netns = Netns::make(&format!("{}-{}", self.mark, generation.tag()))?;
         let dir = self.dir().join(format!("n{}", generation.tag()));
         let daemon = generation.start(&dir, &self.path(), &self.shim()?, &netns)?;
-        for image in [catalog::pause()?, catalog::base(Some(&probe()?))?] {
-            daemon.ctr("k8s.io").import(&image, self.dir())?;
-        }
+        let base = catalog::base(Some(&probe()?))?;
+        daemon
+            .ctr("k8s.io")
+            .import(&catalog::pause()?, self.dir())?;
+        daemon.ctr("k8s.io").import(&base, self.dir())?;
+        daemon.ctr(NAMESPACE).import(&base, self.dir())?;
         let node = Arc::new(Node { daemon, netns });
         slot.insert(generation, node.clone());
         Ok(node)

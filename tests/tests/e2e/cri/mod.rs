@@ -100,7 +100,10 @@ pub fn trials() -> Vec<Trial> {
                 test(&open(generation)?)
             }));
         }
-        for (name, test) in node::TESTS {
+        for (name, test) in node::TESTS
+            .iter()
+            .chain(since(Generation::V2_1, node::SINCE_2))
+        {
             all.push(skip::trial(&format!("ctr{tag}_{name}"), move || {
                 let _hold = hold(generation)?;
                 test(&open(generation)?)
