@@ -15,17 +15,16 @@ use crate::bootstrap::proc;
 /// The host pid behind a pidfd that came from inside, which must be of a child
 /// of `parent`: whoever sent it could have sent a descriptor of the shim itself
 /// (SO_PEERPIDFD of its channel), or of a process of another container, to have
-/// it signalled. `None`: it has ended.
+/// it signalled. `None`: it has ended and was reaped.
 pub fn child(pidfd: &OwnedFd, parent: u32) -> Result<Option<u32>, SandboxError> {
     let Ok(pid) = casemate_sys::process::pid_of(pidfd) else {
         return Ok(None);
     };
     let is = proc::parent(pid);
-    // Only while it lives was that its own entry.
-    if proc::poll_in(pidfd, Duration::ZERO).unwrap_or(true) {
-        return Ok(None);
-    }
-    if is == Some(parent) {
+    // Only while it lives that was certainly its own entry; once it has ended
+    // no signal does anything, and the number is for show.
+    let ended = proc::poll_in(pidfd, Duration::ZERO).unwrap_or(true);
+    if ended || is == Some(parent) {
         Ok(Some(pid))
     } else {
         Err(SandboxError::Unavailable(format!(

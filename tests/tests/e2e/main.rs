@@ -7,6 +7,7 @@
 mod bad_input;
 mod bootstrap;
 mod bootstrap_shim;
+mod calls;
 mod common;
 mod cri;
 mod daemon;
@@ -22,10 +23,13 @@ mod limits;
 mod locks;
 mod locks_pod;
 mod loggers;
+mod pause;
 mod sandbox;
 mod signals;
 mod stdio;
+mod terminal;
 mod trees;
+mod update;
 mod userns;
 mod userns_rootfs;
 
@@ -47,6 +51,9 @@ fn main() -> ExitCode {
         signals::trials(),
         exec::trials(),
         exec_io::trials(),
+        terminal::trials(),
+        pause::trials(),
+        update::trials(),
         stdio::trials(),
         loggers::trials(),
         events::trials(),
