@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 pub use transport::{Channel, TransportError, read_plan, seal_plan};
 
 /// Version of these messages; a shim also speaks to agents one version back.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 4096;
 /// The largest plan that a memfd may hold, in bytes.
@@ -81,6 +81,10 @@ pub enum ToForker {
         /// Which one.
         key: u32,
     },
+    /// Go on after [`FromForker::Waiting`]. Descriptors, where the plan has
+    /// hooks and it is their turn: /dev/null, then of each hook its program and
+    /// its standard input.
+    Proceed,
 }
 
 /// From the forker (or, before it exists, from the process that becomes it).
@@ -121,6 +125,9 @@ pub enum FromForker {
         /// Exit code, or 128 + signal.
         status: u32,
     },
+    /// On the way to [`FromForker::Ready`]: as the plan demands, the sender waits
+    /// for [`ToForker::Proceed`]. Descriptor: its pidfd.
+    Waiting,
 }
 
 /// Cuts a text to [`MAX_TEXT`] and one line, for a message.

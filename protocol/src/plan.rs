@@ -48,6 +48,27 @@ pub struct LaunchPlan {
     pub older_kernel: bool,
     /// Bind a terminal for the user with this id at /dev/console; init gets it.
     pub console: Option<u32>,
+    /// Make a time namespace, and wait for [`crate::ToForker::Proceed`] before
+    /// its first process is born: until then its clocks can be set.
+    pub time_namespace: bool,
+    /// Wait for [`crate::ToForker::Proceed`] before the change of root.
+    pub wait_before_root: bool,
+    /// What to run then.
+    pub hooks: Vec<HookPlan>,
+}
+
+/// A program of the node, to be run where the container is assembled, behind
+/// the container's locks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookPlan {
+    /// What it is called in messages.
+    pub name: String,
+    /// Arguments, the first of which is its name.
+    pub args: Vec<String>,
+    /// Environment, `NAME=value`.
+    pub env: Vec<String>,
+    /// Seconds it may take.
+    pub timeout: u32,
 }
 
 /// One mount of a container.
@@ -136,4 +157,13 @@ pub struct ProcessPlan {
     pub filter: Vec<u8>,
     /// Flags of seccomp(2) for the spec's filter.
     pub filter_flags: u32,
+    /// Policy and nice value for sched_setattr(2).
+    pub scheduler: Option<(u32, i32)>,
+    /// Value for ioprio_set(2).
+    pub io_priority: Option<u16>,
+    /// Processors to stay on; empty: as the cgroup has it.
+    pub cpus: Vec<u16>,
+    /// The binary, with nothing added to the environment; empty: as the first
+    /// argument and PATH name it.
+    pub path: String,
 }

@@ -1,5 +1,7 @@
 //! Locks: capabilities, no_new_privs, Landlock, system-call filter.
 
+use std::os::fd::OwnedFd;
+
 use casemate_protocol::plan::{LaunchPlan, PodPlan, ProcessPlan};
 use casemate_sys::ident::{self, CapSets};
 use casemate_sys::landlock::{self, Ruleset, fs, scope};
@@ -70,19 +72,34 @@ pub fn agent(plan: &PodPlan) -> Result<(), StepError> {
     Ok(())
 }
 
-/// The container's lock-down, once for its forker and so for every process in it.
-pub fn forker(plan: &LaunchPlan) -> Result<(), StepError> {
+/// Whom [`container`] locks.
+pub enum Who<'a> {
+    /// The forker, and so every process of the container.
+    Forker,
+    /// A hook, this program, before the change of root: it gets at the tree at
+    /// [`NEW_ROOT`] alone, and not at others of the pod beside it.
+    Hook(&'a OwnedFd),
+}
+
+/// Where a container is assembled, seen from the agent's root.
+pub const NEW_ROOT: &str = "/new";
+
+/// The container's lock-down.
+pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<(), StepError> {
     ident::limit_bounding(plan.bounding).at("limit", "bounding set")?;
     if plan.no_new_privs {
         ident::set_no_new_privs().at("set", "no_new_privs")?;
     }
     if plan.landlock {
-        landlock_container(plan.landlock_reads).at("restrict with Landlock", "container")?;
+        landlock_container(plan.landlock_reads, who).at("restrict with Landlock", "container")?;
     }
     // Without no_new_privs the filter needs CAP_SYS_ADMIN, so it comes before
     // the capabilities go.
     seccomp::install_filter(&plan.filter, 0).at("install filter", "container")?;
-    let keep = plan.bounding | FORKER_CAPS;
+    let keep = match who {
+        Who::Forker => plan.bounding | FORKER_CAPS,
+        Who::Hook(_) => plan.bounding,
+    };
     ident::set_caps(CapSets {
         effective: keep,
         permitted: keep,
@@ -99,23 +116,30 @@ pub fn forker(plan: &LaunchPlan) -> Result<(), StepError> {
 ///
 /// Truncation is among what each open is asked for, so handling it, or plain
 /// reads, makes every open walk its path again. Without `reads` those two are left to the mounts and modes.
-fn landlock_container(reads: bool) -> std::io::Result<()> {
+fn landlock_container(reads: bool, who: &Who<'_>) -> std::io::Result<()> {
+    let (root, program) = match who {
+        Who::Forker => ("/", None),
+        Who::Hook(program) => (NEW_ROOT, Some(program)),
+    };
     let abi = landlock::abi();
     let mut all = landlock::all_fs_rights(abi);
-    if !reads {
+    if !reads && program.is_none() {
         all &= !(fs::READ_FILE | fs::TRUNCATE);
     }
     let rules = Ruleset::new(abi, all, 0)?;
     let open =
         |path: &str| rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     rules.allow_beneath(
-        open("/")?,
+        open(root)?,
         all & !(fs::IOCTL_DEV | fs::MAKE_CHAR | fs::MAKE_BLOCK),
     )?;
     if abi >= 5
         && let Ok(dev) = open("/dev")
     {
         rules.allow_beneath(dev, fs::IOCTL_DEV)?;
+    }
+    if let Some(program) = program {
+        rules.allow_beneath(program, fs::READ_FILE | fs::EXECUTE)?;
     }
     rules.restrict_self()
 }

@@ -15,6 +15,7 @@ use casemate_protocol::read_plan;
 use casemate_sys::process::{self, Fork};
 use casemate_sys::{exec, message};
 
+use crate::confine::Who;
 use crate::error::{At, StepError};
 use crate::launch;
 use crate::spawn::{self, Prepared, Stdio};
@@ -151,7 +152,7 @@ fn live(
         ));
     }
     rustix::process::chdir("/").at("change to", "/")?;
-    launch::enter_locked(plan, namespace_b)?;
+    launch::enter_locked(plan, namespace_b, &Who::Forker)?;
     spawn::prepared(socket, &[])?;
 
     let (packet, mut fds) = next(socket)?;

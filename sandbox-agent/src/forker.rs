@@ -75,6 +75,8 @@ impl Forker {
                         self.go(key)?;
                         memory::release_startup();
                     }
+                    // Nothing waits any more.
+                    Ok(Some((ToForker::Proceed, _))) => {}
                     Err(TransportError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
                     Err(e) => return Err(io::Error::other(e)).at("receive", ""),
                 }

@@ -6,14 +6,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use casemate_protocol::plan::{LaunchPlan, Mount, MountSource};
+use casemate_protocol::{Channel, FromForker, ToForker};
 use casemate_sys::mount::{self, Change, NewFs, attr, clone_tree, propagation};
 use casemate_sys::namespace::{self, kind};
 use casemate_sys::{ident, process};
 use rustix::fs::{CWD, Mode, OFlags};
 
-use crate::confine;
+use crate::confine::{self, NEW_ROOT, Who};
 use crate::early::EarlyInit;
 use crate::error::{At, StepError};
+use crate::hook::Runner;
 use crate::root::{self, Links};
 use crate::spawn::Terminal;
 
@@ -44,6 +46,7 @@ pub fn assemble(
     plan: &LaunchPlan,
     cgroup: Vec<OwnedFd>,
     namespace_b: OwnedFd,
+    channel: &Channel,
 ) -> Result<Container, StepError> {
     for file in &cgroup {
         // "0" is the writer itself. The permission is the opener's, the shim's:
@@ -52,21 +55,55 @@ pub fn assemble(
     }
     drop(cgroup);
     namespace::unshare(kind::CGROUP).at("unshare", "cgroup namespace")?;
+    // Forks from here on are born in the container's pid namespace, the first
+    // of them as its init.
+    let hooks = match plan.hooks.is_empty() {
+        true => None,
+        false => Some(Runner::fork(plan, &namespace_b)?),
+    };
     namespace::unshare(kind::PID).at("unshare", "pid namespace")?;
+    if plan.time_namespace {
+        namespace::unshare(kind::TIME).at("unshare", "time namespace")?;
+        // The clocks are the shim's to set: nobody in here has CAP_SYS_TIME.
+        wait_for_shim(channel)?;
+    }
     ident::set_securebits(ident::securebits::NO_SETUID_FIXUP).at("set", "securebits")?;
     ident::set_fs_ids(ROOT_IN_A, ROOT_IN_A).at("set", "file ids")?;
 
-    let container = assemble_root(plan, &namespace_b)?;
+    let container = assemble_root(plan, &namespace_b, channel, hooks)?;
     if let Some(early) = &container.early {
         early.lock()?;
     }
-    enter_locked(plan, &namespace_b)?;
+    enter_locked(plan, &namespace_b, &Who::Forker)?;
     Ok(container)
+}
+
+/// Tells the shim that this is the moment that the plan speaks of; what it
+/// sends for going on.
+fn wait_for_shim(channel: &Channel) -> Result<Vec<OwnedFd>, StepError> {
+    let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
+    channel
+        .send(&FromForker::Waiting, &[me.as_fd()])
+        .map_err(std::io::Error::other)
+        .at("answer", "shim")?;
+    match channel
+        .receive::<ToForker>(true)
+        .map_err(std::io::Error::other)
+        .at("hear from", "shim")?
+    {
+        Some((ToForker::Proceed, fds)) => Ok(fds),
+        // Without a shim, or one that says something else, there is no container.
+        _ => process::exit_now(1),
+    }
 }
 
 /// Enters the container's user namespace and takes the container's locks: the
 /// last step of whoever is to run, or to fork, what a tenant brought.
-pub fn enter_locked(plan: &LaunchPlan, namespace_b: &OwnedFd) -> Result<(), StepError> {
+pub fn enter_locked(
+    plan: &LaunchPlan,
+    namespace_b: &OwnedFd,
+    who: &Who<'_>,
+) -> Result<(), StepError> {
     namespace::enter(namespace_b, kind::USER).at("enter", "the container's user namespace")?;
     ident::set_groups(&[]).at("set", "groups")?;
     ident::set_gid(0).at("set", "gid")?;
@@ -74,10 +111,15 @@ pub fn enter_locked(plan: &LaunchPlan, namespace_b: &OwnedFd) -> Result<(), Step
     // A changed uid makes a process dumpable or not by a sysctl; be sure.
     ident::set_dumpable(false).at("set", "dumpable")?;
     namespace::join_new_session_keyring().at("join", "session keyring")?;
-    confine::forker(plan)
+    confine::container(plan, who)
 }
 
-fn assemble_root(plan: &LaunchPlan, namespace_b: &OwnedFd) -> Result<Container, StepError> {
+fn assemble_root(
+    plan: &LaunchPlan,
+    namespace_b: &OwnedFd,
+    channel: &Channel,
+    hooks: Option<Runner>,
+) -> Result<Container, StepError> {
     // Nothing of later containers may arrive here.
     let whole =
         rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at("open", "/")?;
@@ -98,7 +140,7 @@ fn assemble_root(plan: &LaunchPlan, namespace_b: &OwnedFd) -> Result<Container, 
     )
     .at("open", "the container's staging directory")?;
     let rootfs = clone_tree(&staging, Path::new("rootfs"), true, false).at("clone", "rootfs")?;
-    mount::attach(&rootfs, CWD, "/new").at("attach", "rootfs")?;
+    mount::attach(&rootfs, CWD, NEW_ROOT).at("attach", "rootfs")?;
 
     let proc = proc_of_children(plan, namespace_b);
     let mut early = None;
@@ -113,6 +155,12 @@ fn assemble_root(plan: &LaunchPlan, namespace_b: &OwnedFd) -> Result<Container, 
         None => None,
     };
     mask(&rootfs, &staging, plan)?;
+    if plan.wait_before_root {
+        let fds = wait_for_shim(channel)?;
+        if let Some(hooks) = hooks {
+            hooks.run(&fds)?;
+        }
+    }
     if plan.readonly_root {
         mount::set_attributes(
             &rootfs,

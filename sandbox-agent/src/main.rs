@@ -9,6 +9,7 @@ mod confine;
 mod early;
 mod error;
 mod forker;
+mod hook;
 mod launch;
 mod passwd;
 mod pod;

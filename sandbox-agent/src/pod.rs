@@ -164,7 +164,7 @@ fn launch(mut fds: Vec<OwnedFd>) {
                 let plan: LaunchPlan = read_plan(plan)
                     .map_err(io::Error::other)
                     .at("read", "launch plan")?;
-                launch::assemble(&plan, cgroup, namespace_b)
+                launch::assemble(&plan, cgroup, namespace_b, &channel)
             });
             match result {
                 Ok(container) => crate::forker::run(channel, container),

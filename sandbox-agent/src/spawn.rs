@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use casemate_protocol::plan::{ProcessPlan, TerminalSize};
 use casemate_sys::process::{self, Fork};
-use casemate_sys::{exec, message, seccomp};
+use casemate_sys::{exec, message, schedule, seccomp};
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::termios::Winsize;
 
@@ -243,6 +243,7 @@ fn prepare_and_exec(
         process::set_limit(0, limit.resource, limit.soft, limit.hard)
             .at("set process.rlimits: resource", limit.resource.to_string())?;
     }
+    scheduling(plan)?;
     if let Some(mask) = plan.umask {
         rustix::process::umask(Mode::from_raw_mode(mask));
     }
@@ -266,10 +267,13 @@ fn prepare_and_exec(
         ));
     }
     let mut env = plan.env.clone();
-    if !env.iter().any(|e| e.starts_with("HOME=")) {
+    if plan.path.is_empty() && !env.iter().any(|e| e.starts_with("HOME=")) {
         env.push(format!("HOME={}", passwd::home(plan.uid)));
     }
-    let binary = find_binary(&plan.args, &env)?;
+    let binary = match plan.path.as_str() {
+        "" => find_binary(&plan.args, &env)?,
+        path => find_binary(&[path.to_owned()], &env)?,
+    };
     let (path, args, env) = (c_string(&binary)?, c_strings(&plan.args)?, c_strings(&env)?);
 
     let ready: Vec<_> = master.iter().map(AsFd::as_fd).collect();
@@ -290,6 +294,26 @@ fn prepare_and_exec(
     Err(exec::exec(&path, &args, &env))
         .at("execute", &binary)
         .map_err(StepError::blame_request)
+}
+
+/// A process may always rank itself lower.
+fn scheduling(plan: &ProcessPlan) -> Result<(), StepError> {
+    if let Some((policy, nice)) = plan.scheduler {
+        schedule::set_policy(policy, nice).at("set", "process.scheduler")?;
+    }
+    if let Some(value) = plan.io_priority {
+        schedule::set_io_priority(value).at("set", "process.ioPriority")?;
+    }
+    if !plan.cpus.is_empty() {
+        // EINVAL: none of them is the cgroup's.
+        schedule::set_affinity(&plan.cpus)
+            .at(
+                "set process.execCPUAffinity.final, which must share a processor with the container's cpuset:",
+                format!("{:?}", plan.cpus),
+            )
+            .map_err(StepError::blame_request)?;
+    }
+    Ok(())
 }
 
 type Descriptors = (Vec<OwnedFd>, Option<OwnedFd>);

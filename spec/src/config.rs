@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::caps;
 use crate::error::{ConfigError, one_line};
+use crate::paths::plain_absolute;
 
 /// Where the configuration is unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/casemate/config.toml";
@@ -32,6 +33,10 @@ pub struct Config {
     pub fallback: Fallback,
     /// The most that the policy grants.
     pub capabilities: Capabilities,
+    /// Devices of the node that containers may have.
+    pub devices: Devices,
+    /// Programs of the node that a specification may have run.
+    pub hooks: Hooks,
     /// Which of the kernel's ways to take.
     pub kernel: Kernel,
     /// The shim's own log.
@@ -192,6 +197,43 @@ fn write_mask<S: Serializer>(mask: &u64, output: S) -> Result<S::Ok, S::Error> {
     output.collect_seq(caps::names(*mask))
 }
 
+/// Devices of the node that containers may have, beside the default ones.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Devices {
+    /// Their paths on the node.
+    pub allow: Vec<String>,
+}
+
+/// Programs of the node that a specification may have run as OCI hooks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Hooks {
+    /// Paths on the node; one that ends with `/` stands for all below it.
+    pub allow: Vec<String>,
+    /// The most seconds that one may take.
+    pub timeout: u32,
+}
+
+impl Default for Hooks {
+    fn default() -> Self {
+        Self {
+            allow: Vec::new(),
+            timeout: 30,
+        }
+    }
+}
+
+impl Hooks {
+    /// Whether the program at the plain path `path` may be run.
+    #[must_use]
+    pub fn allows(&self, path: &str) -> bool {
+        self.allow
+            .iter()
+            .any(|a| a == path || (a.ends_with('/') && path.starts_with(a.as_str())))
+    }
+}
+
 /// The shim's own log.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -301,6 +343,33 @@ impl Config {
                 format!(
                     "ids.base + ids.count * ids.size = {end} is beyond 32 bits; use {most} or less"
                 ),
+            );
+        }
+        let lists = [
+            ("devices.allow", &self.devices.allow),
+            ("hooks.allow", &self.hooks.allow),
+        ];
+        for (field, list) in lists {
+            for path in list {
+                // A directory's own / aside, it must be the path itself.
+                let plain = plain_absolute(path).unwrap_or_default();
+                let bare = path.strip_suffix('/').unwrap_or(path);
+                let directory = bare.len() != path.len();
+                if plain != bare || bare.is_empty() || (directory && field != "hooks.allow") {
+                    return Err(ConfigError::Invalid {
+                        field,
+                        value: one_line(path),
+                        reason: "not a plain absolute path; write it whole, without . and .."
+                            .into(),
+                    });
+                }
+            }
+        }
+        if !(1..=3600).contains(&self.hooks.timeout) {
+            return invalid(
+                "hooks.timeout",
+                self.hooks.timeout,
+                "not within 1 and 3600 seconds".into(),
             );
         }
         match &self.sandbox.agent_path {

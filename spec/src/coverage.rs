@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::error::one_line;
 use crate::rules::{
-    APPARMOR, HOOKS, PLATFORM, RESOURCES, Rule, SECCOMP_LISTENER, SELINUX, UNSUPPORTED,
+    APPARMOR, HOOKS, PLATFORM, RESOURCES, Rule, SCHEDULING, SECCOMP_LISTENER, SELINUX, UNSUPPORTED,
 };
 
 /// What becomes of a field.
@@ -78,12 +78,35 @@ const fn refused(field: &'static str, rule: &'static Rule, note: &'static str) -
     }
 }
 
+const fn hook(field: &'static str, note: &'static str) -> Coverage {
+    Coverage {
+        field,
+        how: How::Applied,
+        note,
+        rule: Some(&HOOKS),
+        subtree: true,
+    }
+}
+
+const ON_NODE: &str = "allowed by hooks.allow; in the host's namespaces";
+
 static TABLE: &[Coverage] = &[
     applied("ociVersion", "1.x; another major version is refused"),
     applied("annotations.*", "can only tighten"),
     applied("hostname", "in the pod's uts namespace"),
     applied("domainname", "in the pod's uts namespace"),
-    refused("hooks", &HOOKS, "no hook is run"),
+    hook("hooks.prestart", ON_NODE),
+    hook("hooks.createRuntime", ON_NODE),
+    hook(
+        "hooks.createContainer",
+        "allowed by hooks.allow; a static program of the node, in the container's namespaces and behind its locks",
+    ),
+    hook(
+        "hooks.startContainer",
+        "a program of the container, as its user and behind its locks",
+    ),
+    hook("hooks.poststart", ON_NODE),
+    hook("hooks.poststop", ON_NODE),
     refused("solaris", &PLATFORM, "another platform"),
     refused("windows", &PLATFORM, "another platform"),
     refused("freebsd", &PLATFORM, "another platform"),
@@ -166,13 +189,37 @@ static TABLE: &[Coverage] = &[
         rule: Some(&SELINUX),
         subtree: false,
     },
-    refused("process.ioPriority", &UNSUPPORTED, "not applied yet"),
-    refused("process.scheduler", &UNSUPPORTED, "not applied yet"),
-    refused("process.execCPUAffinity", &UNSUPPORTED, "not applied yet"),
+    applied(
+        "process.ioPriority.class",
+        "IOPRIO_CLASS_BE and IOPRIO_CLASS_IDLE; refused with the profile strict",
+    ),
+    applied("process.ioPriority.priority", "0 to 7"),
+    applied(
+        "process.scheduler.policy",
+        "SCHED_OTHER, SCHED_BATCH, SCHED_IDLE; refused with the profile strict",
+    ),
+    applied("process.scheduler.nice", "0 to 19"),
+    applied("process.scheduler.priority", "0; others are refused"),
+    refused(
+        "process.scheduler.flags",
+        &SCHEDULING,
+        "of the realtime policies",
+    ),
+    applied("process.scheduler.runtime", "0; others are refused"),
+    applied("process.scheduler.deadline", "0; others are refused"),
+    applied("process.scheduler.period", "0; others are refused"),
+    stricter(
+        "process.execCPUAffinity.initial",
+        "checked only: no process is ever outside of its cgroup",
+    ),
+    applied(
+        "process.execCPUAffinity.final",
+        "of execs; the container's own for an exec that names none",
+    ),
     // Linux.
     stricter(
         "linux.namespaces[].type",
-        "the host's are refused unless allowed by name; time is refused",
+        "the host's are refused unless allowed by name",
     ),
     applied(
         "linux.namespaces[].path",
@@ -187,7 +234,11 @@ static TABLE: &[Coverage] = &[
     applied("linux.gidMappings[].containerID", "0, in one line"),
     applied("linux.gidMappings[].hostID", "the same as of uidMappings"),
     applied("linux.gidMappings[].size", "65536"),
-    refused("linux.netDevices", &UNSUPPORTED, "not applied yet"),
+    refused(
+        "linux.netDevices",
+        &UNSUPPORTED,
+        "a device of the node's network would leave it",
+    ),
     applied(
         "linux.sysctl.*",
         "net.*, kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.*; others are refused",
@@ -195,17 +246,23 @@ static TABLE: &[Coverage] = &[
     applied("linux.cgroupsPath", "/casemate/<id> when absent"),
     stricter(
         "linux.devices[].path",
-        "the default devices; others are refused",
+        "the default devices, and below /dev those of devices.allow; others are refused",
     ),
-    stricter("linux.devices[].type", "as the default device has it"),
-    stricter("linux.devices[].major", "as the default device has it"),
-    stricter("linux.devices[].minor", "as the default device has it"),
+    stricter("linux.devices[].type", "as the node's device has it"),
+    stricter("linux.devices[].major", "as the node's device has it"),
+    stricter("linux.devices[].minor", "as the node's device has it"),
     stricter(
         "linux.devices[].fileMode",
-        "the default devices have the mode 0666",
+        "permission bits; the default devices have 0666",
     ),
-    stricter("linux.devices[].uid", "the default devices belong to root"),
-    stricter("linux.devices[].gid", "the default devices belong to root"),
+    stricter(
+        "linux.devices[].uid",
+        "below 65536; the default devices belong to root",
+    ),
+    stricter(
+        "linux.devices[].gid",
+        "below 65536; the default devices belong to root",
+    ),
     Coverage {
         field: "linux.seccomp",
         how: How::Stricter,
@@ -223,12 +280,18 @@ static TABLE: &[Coverage] = &[
         &SECCOMP_LISTENER,
         "a process of the host would decide",
     ),
-    applied(
+    stricter(
         "linux.rootfsPropagation",
-        "private and slave; others are refused",
+        "private and slave, of which both are private: nothing is mounted below the root from outside; others are refused",
     ),
-    stricter("linux.maskedPaths", "with the usual ones added"),
-    stricter("linux.readonlyPaths", "with the usual ones added"),
+    stricter(
+        "linux.maskedPaths",
+        "with the usual ones added, even to an empty list (procMount: Unmasked)",
+    ),
+    stricter(
+        "linux.readonlyPaths",
+        "with the usual ones added, even to an empty list (procMount: Unmasked)",
+    ),
     Coverage {
         field: "linux.mountLabel",
         how: How::Applied,
@@ -236,31 +299,39 @@ static TABLE: &[Coverage] = &[
         rule: Some(&SELINUX),
         subtree: false,
     },
-    refused("linux.intelRdt", &UNSUPPORTED, "not applied yet"),
-    refused("linux.memoryPolicy", &UNSUPPORTED, "not applied yet"),
+    refused(
+        "linux.intelRdt",
+        &UNSUPPORTED,
+        "classes of cache and bandwidth are the node's",
+    ),
+    refused(
+        "linux.memoryPolicy",
+        &UNSUPPORTED,
+        "memory nodes are chosen with linux.resources.cpu.mems",
+    ),
     applied("linux.personality.domain", "LINUX; others are refused"),
     applied("linux.personality.flags", "none; others are refused"),
-    refused("linux.timeOffsets", &UNSUPPORTED, "not applied yet"),
+    applied("linux.timeOffsets.*", "monotonic and boottime"),
     // Resources.
     stricter(
         "linux.resources.devices[].allow",
-        "rules beyond the default devices are dropped",
+        "rules beyond linux.devices and the default ones are dropped",
     ),
     stricter(
         "linux.resources.devices[].type",
-        "rules beyond the default devices are dropped",
+        "rules beyond linux.devices and the default ones are dropped",
     ),
     stricter(
         "linux.resources.devices[].major",
-        "rules beyond the default devices are dropped",
+        "rules beyond linux.devices and the default ones are dropped",
     ),
     stricter(
         "linux.resources.devices[].minor",
-        "rules beyond the default devices are dropped",
+        "rules beyond linux.devices and the default ones are dropped",
     ),
     stricter(
         "linux.resources.devices[].access",
-        "rules beyond the default devices are dropped",
+        "rules beyond linux.devices and the default ones are dropped",
     ),
     applied("linux.resources.memory.limit", ""),
     applied("linux.resources.memory.reservation", ""),
@@ -339,7 +410,7 @@ static TABLE: &[Coverage] = &[
     ),
     applied(
         "linux.resources.unified.*",
-        "cgroup v2 only; each a plain file name",
+        "cgroup v2 only, refused on v1; each a plain file name",
     ),
 ];
 

@@ -11,9 +11,12 @@
 //! row for each, and a field that has no row becomes a warning.
 
 pub mod caps;
+pub mod clock;
 pub mod config;
 pub mod coverage;
+pub mod devices;
 pub mod error;
+pub mod hooks;
 mod journal;
 pub mod load;
 pub mod mount;
@@ -21,13 +24,17 @@ pub mod paths;
 pub mod process;
 mod resources;
 pub mod rules;
+pub mod schedule;
 pub mod tighten;
 pub mod users;
 
 pub use caps::Caps;
+pub use clock::ClockOffset;
 pub use config::{Config, Profile};
 pub use coverage::{Coverage, How, coverage};
+pub use devices::{DeviceSpec, NodeDevice};
 pub use error::{ConfigError, Refusal, SpecError};
+pub use hooks::{HookSpec, HookSpecs};
 pub use journal::Decision;
 pub use load::{Kind, Loaded, LoadedProcess, PodIdentity, load, load_process};
 pub use mount::{
@@ -36,5 +43,6 @@ pub use mount::{
 pub use process::{ProcessSpec, Rlimit, tighten_process};
 pub use resources::tighten_update;
 pub use rules::{RULES, Rule};
+pub use schedule::Schedule;
 pub use tighten::{Context, Namespace, Namespaces, Tightened, tighten};
 pub use users::PodUsers;

@@ -12,6 +12,7 @@ use crate::journal::Journal;
 use crate::load::LoadedProcess;
 use crate::paths::plain_absolute;
 use crate::rules::{APPARMOR, ID, PROCESS, SELINUX};
+use crate::schedule::{self, Schedule};
 use crate::tighten::Tightened;
 
 /// A resource limit, see getrlimit(2).
@@ -58,6 +59,8 @@ pub struct ProcessSpec {
     pub apparmor_profile: Option<String>,
     /// Label of the process, where the node can.
     pub selinux_label: Option<String>,
+    /// How it is scheduled.
+    pub schedule: Schedule,
     /// What was changed or dropped, one line each.
     pub warnings: Vec<String>,
 }
@@ -124,6 +127,7 @@ pub fn tighten_process(
             Some(_) => {}
         }
     }
+    exec.schedule = schedule::check(&process, config)?.within(&own.schedule, &mut journal);
     exec.oom_score_adj = match (exec.oom_score_adj, own.oom_score_adj) {
         (Some(asked), Some(has)) => Some(asked.max(has)),
         (asked, has) => asked.or(has),
@@ -271,6 +275,7 @@ pub(crate) fn check(
             .map(|b| (rows(b.height()), rows(b.width()))),
         apparmor_profile: label(process.apparmor_profile().as_deref()),
         selinux_label: label(process.selinux_label().as_deref()),
+        schedule: Schedule::default(),
         warnings: Vec::new(),
     })
 }

@@ -1,48 +1,18 @@
 //! Limits and devices of a specification.
 
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources};
 
 use crate::coverage::How;
+use crate::devices::{self, DEFAULT_DEVICES, DeviceSpec};
 use crate::error::{Refusal, one_line};
 use crate::journal::Journal;
 use crate::rules::{DEVICE, RESOURCES};
-
-/// Devices every container has (config-linux.md, "Default Devices").
-const DEFAULT_DEVICES: [(&str, i64, i64); 8] = [
-    ("/dev/null", 1, 3),
-    ("/dev/zero", 1, 5),
-    ("/dev/full", 1, 7),
-    ("/dev/random", 1, 8),
-    ("/dev/urandom", 1, 9),
-    ("/dev/tty", 5, 0),
-    ("/dev/console", 5, 1),
-    ("/dev/ptmx", 5, 2),
-];
 
 /// Major number of the pseudo-terminals of devpts.
 const PTS: i64 = 136;
 
 /// `/dev/net/tun`, which some versions of containerd allow to everybody.
 const TUN: (i64, i64) = (10, 200);
-
-/// Nodes that a container would get.
-pub(crate) fn check_devices(devices: &[LinuxDevice]) -> Result<(), Refusal> {
-    for (i, device) in devices.iter().enumerate() {
-        let (path, typ) = (device.path().to_string_lossy(), device.typ());
-        let character = matches!(typ, LinuxDeviceType::C | LinuxDeviceType::U);
-        if !(character && DEFAULT_DEVICES.contains(&(&*path, device.major(), device.minor()))) {
-            let detail = format!(
-                "{} ({} {}:{})",
-                one_line(&path),
-                typ.as_str(),
-                device.major(),
-                device.minor()
-            );
-            return Err(Refusal::new(&DEVICE, format!("linux.devices[{i}]"), detail));
-        }
-    }
-    Ok(())
-}
 
 /// Whether a rule opens every device, as `privileged: true` does.
 pub(crate) fn allows_all_devices(resources: &LinuxResources) -> bool {
@@ -105,9 +75,10 @@ pub fn tighten_update(mut resources: LinuxResources) -> Result<LinuxResources, R
     Ok(resources)
 }
 
-/// Limits, with the rules about devices cut to the default ones.
+/// Limits, with the rules about devices cut to the default ones and `given`.
 pub(crate) fn check(
     mut resources: LinuxResources,
+    given: &[DeviceSpec],
     journal: &mut Journal,
 ) -> Result<LinuxResources, Refusal> {
     if allows_all_devices(&resources) {
@@ -123,7 +94,7 @@ pub(crate) fn check(
     if let Some(rules) = resources.devices_mut() {
         let (mut quiet, mut loud) = (0, Vec::new());
         rules.retain(|rule| {
-            if !rule.allow() || within_default(rule) {
+            if !rule.allow() || within_default(rule) || devices::is_about(rule, given) {
                 return true;
             }
             let numbers = (rule.major().unwrap_or(-1), rule.minor().unwrap_or(-1));

@@ -45,9 +45,9 @@ rules! {
         "each container has one of its own",
         "Remove the path.";
     TIME_NAMESPACE = "time-namespace",
-        "a time namespace is refused: it isn't set up yet",
-        "a workload that expects another clock would run with the host's",
-        "Remove it, or use another RuntimeClass.";
+        "these clocks are refused",
+        "a container has a time namespace of its own or the host's, and the kernel knows two clocks that it can shift",
+        "Ask for a time namespace without a path, and in linux.timeOffsets for monotonic and boottime only.";
     NAMESPACE_LIST = "namespace-list",
         "the list of namespaces makes no sense",
         "the OCI specification forbids it",
@@ -79,11 +79,23 @@ rules! {
     DEVICE = "device",
         "this device is refused",
         "a device is the kernel's driver, outside of every other limit",
-        "Remove the device, or use another RuntimeClass.";
+        "Remove the device, or name its path on the node in devices.allow of the node's configuration.";
     HOOKS = "hooks",
-        "OCI hooks are refused",
-        "what a hook was to set up would be missing",
-        "Remove the hooks, or use another RuntimeClass.";
+        "this OCI hook is refused",
+        "a hook is a program of the node that runs as its root whenever a specification says so",
+        "Remove the hook, or name its path in hooks.allow of the node's configuration.";
+    HOOK_FORM = "hook-form",
+        "this OCI hook makes no sense",
+        "what it was to set up would be missing",
+        "Give a plain absolute path, arguments and NAME=value without NUL, and a timeout of 1 second or more.";
+    HOOK_PAUSE = "hook-of-pause",
+        "an OCI hook of the pod's sandbox container is refused",
+        "nothing runs in that container, so that there is no moment for a hook",
+        "Give the hook to a container of the pod.";
+    SCHEDULING = "scheduling",
+        "this scheduling is refused",
+        "a process may be given less than others, and not more",
+        "Use SCHED_OTHER, SCHED_BATCH or SCHED_IDLE with a nice value from 0 to 19, IOPRIO_CLASS_BE or IOPRIO_CLASS_IDLE from 0 to 7, plain lists of processors, and no profile strict.";
     APPARMOR = "apparmor",
         "this AppArmor profile can't be applied on this node",
         "a confinement that was asked for would be missing",

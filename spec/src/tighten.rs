@@ -3,14 +3,16 @@
 use std::collections::BTreeMap;
 
 use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources,
-    Spec,
+    Linux, LinuxNamespace, LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources, Spec,
 };
 use serde_json::Value;
 
 use crate::caps::{self, Caps};
+use crate::clock::{self, ClockOffset};
 use crate::config::{Config, Sandbox};
+use crate::devices::{self, DeviceSpec, NodeDevice};
 use crate::error::{Refusal, one_line};
+use crate::hooks::{self, HookSpecs};
 use crate::journal::{Decision, Journal};
 use crate::load::{Loaded, PodIdentity};
 use crate::mount::{self, MountSpec, PropagationKind};
@@ -19,9 +21,9 @@ use crate::process::{self, ProcessSpec};
 use crate::resources;
 use crate::rules::{
     APPARMOR, CGROUP_PATH, HOST_IPC, HOST_MOUNT, HOST_NETWORK, HOST_PID, NAMESPACE_LIST, PATH,
-    PERSONALITY, PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, SELINUX, SYSCTL, TIME_NAMESPACE,
-    UNSUPPORTED,
+    PERSONALITY, PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, SELINUX, SYSCTL, UNSUPPORTED,
 };
+use crate::schedule;
 use crate::users::{self, PodUsers};
 
 /// Facts of the moment that the specification doesn't hold.
@@ -33,6 +35,8 @@ pub struct Context<'a> {
     pub apparmor: bool,
     /// The node can confine by SELinux label.
     pub selinux: bool,
+    /// The node's devices at the paths of `devices.allow`.
+    pub devices: &'a [NodeDevice],
 }
 
 /// Where a namespace comes from.
@@ -62,6 +66,8 @@ pub struct Namespaces {
 /// Everything the launch planner needs.
 #[derive(Debug, Clone)]
 pub struct Tightened {
+    /// `ociVersion`.
+    pub oci_version: String,
     /// Whose container this is.
     pub pod: PodIdentity,
     /// The first process.
@@ -92,8 +98,12 @@ pub struct Tightened {
     pub cgroups_path: String,
     /// Names with dots, as written.
     pub sysctl: BTreeMap<String, String>,
-    /// Only the default devices.
-    pub devices: Vec<LinuxDevice>,
+    /// Devices beside the default ones.
+    pub devices: Vec<DeviceSpec>,
+    /// Offsets of the clocks, where a time namespace is asked for.
+    pub clocks: Option<Vec<ClockOffset>>,
+    /// Programs to run at turns of the container's life.
+    pub hooks: HookSpecs,
     /// `linux.seccomp`, as written.
     pub seccomp: Option<Value>,
     /// `annotations`.
@@ -185,7 +195,12 @@ pub fn tighten(
         ));
     };
     let force = config.profile.forces_no_new_privs();
+    let schedule = schedule::check(process, config)?;
     let process = process::check(process, config.capabilities.allow, force, &mut journal)?;
+    let process = ProcessSpec {
+        schedule,
+        ..process
+    };
     labels(&process, linux, context)?;
     personality(linux)?;
 
@@ -226,15 +241,19 @@ pub fn tighten(
         &mut journal,
     )?;
     let devices = linux.devices().clone().unwrap_or_default();
-    resources::check_devices(&devices)?;
+    let devices = devices::check(&devices, context.devices)?;
     let resources = linux.resources().clone().unwrap_or_default();
-    let resources = Some(resources::check(resources, &mut journal)?);
+    let resources = Some(resources::check(resources, &devices, &mut journal)?);
+    let hooks = hooks::check(&spec, &pod, &config.hooks)?;
 
     Ok(Tightened {
+        oci_version: spec.version().clone(),
         hostname: host_name("hostname", spec.hostname().as_deref())?,
         domainname: host_name("domainname", spec.domainname().as_deref())?,
         sysctl: sysctls(linux, &namespaces)?,
         rootfs_propagation: rootfs_propagation(linux)?,
+        clocks: clock::offsets(linux)?,
+        hooks,
         cgroups_path: cgroups_path(linux, context.id)?,
         readonly_rootfs: root.readonly().unwrap_or(false),
         pod,
@@ -335,9 +354,6 @@ fn namespaces(linux: &Linux, allow: &Sandbox) -> Result<Namespaces, Refusal> {
     match find(LinuxNamespaceType::Cgroup, None, true)? {
         Namespace::New => {}
         _ => return Err(Refusal::new(&CGROUP_PATH, "linux.namespaces", "")),
-    }
-    if names(linux, LinuxNamespaceType::Time) {
-        return Err(Refusal::new(&TIME_NAMESPACE, "linux.namespaces", ""));
     }
     Ok(namespaces)
 }

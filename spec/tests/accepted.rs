@@ -352,11 +352,7 @@ fn an_exec_gets_no_more_than_its_container() {
     for (key, value, rule) in [
         ("apparmorProfile", json!("other"), "apparmor"),
         ("selinuxLabel", json!("a:b"), "selinux"),
-        (
-            "scheduler",
-            json!({"policy": "SCHED_FIFO"}),
-            "unsupported-field",
-        ),
+        ("scheduler", json!({"policy": "SCHED_FIFO"}), "scheduling"),
         ("args", json!([]), "process"),
         ("user", json!({"uid": 70000, "gid": 0}), "id"),
     ] {

@@ -107,6 +107,16 @@ fn a_mistake_is_named_with_its_file_and_key() {
             "[sandbox]\nagent_path = \"agent\"",
             vec!["sandbox.agent_path = agent"],
         ),
+        (
+            "[devices]\nallow = [\"/dev/\"]",
+            vec!["devices.allow = /dev/"],
+        ),
+        (
+            "[hooks]\nallow = [\"/a/../b\"]",
+            vec!["hooks.allow = /a/../b"],
+        ),
+        ("[hooks]\nallow = [\"/\"]", vec!["hooks.allow = /"]),
+        ("[hooks]\ntimeout = 0", vec!["hooks.timeout = 0"]),
     ] {
         dir.write("config.d/5.toml", text);
         let error = dir.read().unwrap_err();

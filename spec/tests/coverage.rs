@@ -6,7 +6,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use casemate_spec::coverage::{present, row};
-use casemate_spec::{Config, How, RULES, coverage, load, tighten};
+use casemate_spec::{How, RULES, coverage, load, tighten};
 use common::{CONTEXT, CTR_1_6, MAXIMAL};
 use serde_json::{Map, Value};
 
@@ -120,6 +120,7 @@ fn each_row_says_what_is_done() {
     maximal["linux"]["mountLabel"] = "".into();
     maximal["linux"]["personality"]["flags"] = serde_json::json!([]);
     let idmapped = maximal["mounts"].clone();
+    let config = common::config("[hooks]\nallow = [\"/bin/hook\"]\n");
     for row in coverage() {
         maximal["mounts"] = idmapped.clone();
         let maps = row.field.contains("idMappings");
@@ -139,6 +140,22 @@ fn each_row_says_what_is_done() {
                     .retain(|k, _| !k.starts_with("listener"));
                 graft(&base, &quiet, "linux.seccomp")
             }
+            // Only a time namespace has clocks of its own.
+            "linux.timeOffsets.*" => {
+                let mut timed = graft(&base, &maximal, row.field);
+                let namespaces = timed["linux"]["namespaces"].as_array_mut().unwrap();
+                namespaces.push(serde_json::json!({ "type": "time" }));
+                timed
+            }
+            // A policy must come along.
+            f if f.starts_with("process.scheduler") => {
+                let mut asked = maximal.clone();
+                if row.how != How::Refused {
+                    let scheduler = asked["process"]["scheduler"].as_object_mut();
+                    scheduler.unwrap().remove("flags");
+                }
+                graft(&base, &asked, "process.scheduler")
+            }
             // A domain must come along.
             f if f.starts_with("linux.personality") => graft(&base, &maximal, "linux.personality"),
             f if f.starts_with("process.consoleSize") => {
@@ -155,7 +172,7 @@ fn each_row_says_what_is_done() {
             f => graft(&base, &maximal, f),
         };
         let bytes = serde_json::to_vec(&bytes).unwrap();
-        let result = load(&bytes).map(|l| tighten(l, &Config::default(), &CONTEXT));
+        let result = load(&bytes).map(|l| tighten(l, &config, &CONTEXT));
         match (row.how, result) {
             (How::Refused, Ok(Err(refusal))) => {
                 assert!(RULES.iter().any(|r| r.id == refusal.rule));

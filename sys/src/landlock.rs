@@ -10,6 +10,8 @@ pub mod fs {
     pub const IOCTL_DEV: u64 = 1 << 15;
     /// Make a character device.
     pub const MAKE_CHAR: u64 = 1 << 6;
+    /// Execute a file.
+    pub const EXECUTE: u64 = 1 << 0;
     /// Open a file for reading.
     pub const READ_FILE: u64 = 1 << 2;
     /// Truncate a file (ABI 3).

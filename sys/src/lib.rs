@@ -13,5 +13,6 @@ pub mod message;
 pub mod mount;
 pub mod namespace;
 pub mod process;
+pub mod schedule;
 pub mod seccomp;
 pub mod signal;

@@ -19,6 +19,8 @@ pub mod kind {
     pub const PID: u64 = libc::CLONE_NEWPID as u64;
     /// Network.
     pub const NET: u64 = libc::CLONE_NEWNET as u64;
+    /// Offsets of the clocks (time_namespaces(7)).
+    pub const TIME: u64 = 0x80;
 }
 
 /// Enters the namespace behind `fd`, which must be of `kind` (setns(2)).

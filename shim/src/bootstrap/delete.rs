@@ -208,6 +208,11 @@ fn clean_container(id: &str, container: &Container, until: Instant) {
             end(&logger, "logging binary");
         }
     }
+    if let Some(bundle) = &container.bundle {
+        for problem in crate::sandbox::after_death(bundle, id) {
+            warn(&problem);
+        }
+    }
 }
 
 fn kill_cgroups(id: &str, container: &Container) {

@@ -11,7 +11,7 @@ use casemate_protocol::{Channel, FromAgent, ToAgent, VERSION, clip, seal_plan};
 use casemate_sys::mount::{self, Change, attr, clone_tree};
 use casemate_sys::namespace::{self, kind};
 use casemate_sys::process::{self, Fork};
-use casemate_sys::{exec, ident, message};
+use casemate_sys::{exec, ident, message, schedule};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags};
 
@@ -201,6 +201,7 @@ fn become_agent(
         ident::set_uid(0)?;
         rustix::process::setsid()?;
         process::reset_signals();
+        schedule::reset_personality()?;
         let copy = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 16);
         let mut files = vec![copy(null)?, copy(null)?, copy(null)?, copy(control)?];
         for lock in locks {

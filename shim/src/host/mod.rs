@@ -3,7 +3,9 @@
 
 pub mod agent;
 pub mod bind;
+pub mod cgroup_view;
 pub mod dev;
+pub mod hooks;
 pub mod ids;
 pub mod lockdown;
 pub mod network;

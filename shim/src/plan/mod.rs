@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use casemate_protocol::plan::{
-    LaunchPlan, Limit, Mount, MountSource, PodPlan, ProcessPlan, TerminalSize,
+    HookPlan, LaunchPlan, Limit, Mount, MountSource, PodPlan, ProcessPlan, TerminalSize,
 };
 use casemate_spec::{
-    Atime, Config, MountAttrs, MountKind, MountSpec, ProcessSpec, Profile, Tightened,
+    Atime, Config, DeviceSpec, HookSpec, MountAttrs, MountKind, MountSpec, ProcessSpec, Profile,
+    Tightened,
 };
 use casemate_sys::mount::attr;
 
@@ -15,8 +16,8 @@ use crate::sandbox::SandboxError;
 /// What the shim has to make for one entry of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Staged {
-    /// /dev with these options.
-    Dev(Vec<(String, Option<String>)>, u64),
+    /// /dev with these options, attributes and devices beside the default ones.
+    Dev(Vec<(String, Option<String>)>, u64, Vec<DeviceSpec>),
     /// /sys of the pod's network.
     Sysfs,
     /// A bind of the host.
@@ -102,7 +103,7 @@ pub fn container(
             }
             MountKind::Tmpfs if mount.destination == "/dev" => {
                 has_dev = true;
-                let what = Staged::Dev(mount.flags.data.clone(), attributes);
+                let what = Staged::Dev(mount.flags.data.clone(), attributes, spec.devices.clone());
                 stage("dev".into(), what, true, false)
             }
             MountKind::Sysfs => stage("sys".into(), Staged::Sysfs, true, false),
@@ -124,7 +125,10 @@ pub fn container(
         // without /dev: runc's callers always send it, others get it too.
         staged.insert(
             0,
-            ("dev".into(), Staged::Dev(Vec::new(), attr::STRICTATIME)),
+            (
+                "dev".into(),
+                Staged::Dev(Vec::new(), attr::STRICTATIME, spec.devices.clone()),
+            ),
         );
         let source = MountSource::Staged {
             name: "dev".into(),
@@ -155,8 +159,33 @@ pub fn container(
         no_new_privs: process.no_new_privs,
         cwd: process.cwd.clone(),
         console: process.terminal.then_some(process.uid),
+        time_namespace: spec.clocks.is_some(),
+        wait_before_root: spec.hooks.wait_before_root(),
+        hooks: spec.hooks.create_container.iter().map(hook).collect(),
     };
     Ok(Launch { plan, staged })
+}
+
+fn hook(spec: &HookSpec) -> HookPlan {
+    HookPlan {
+        name: format!("{} ({})", spec.field, spec.path),
+        args: spec.args.clone(),
+        env: spec.env.clone(),
+        timeout: spec.timeout,
+    }
+}
+
+/// A hook inside of the container, before its `init` executes: as its user,
+/// with its locks.
+pub fn start_hook(hook: &HookSpec, init: &ProcessPlan) -> ProcessPlan {
+    ProcessPlan {
+        args: hook.args.clone(),
+        env: hook.env.clone(),
+        path: hook.path.clone(),
+        cwd: "/".into(),
+        terminal: None,
+        ..init.clone()
+    }
 }
 
 fn new(fstype: &str, options: Vec<(String, Option<String>)>) -> MountSource {
@@ -254,6 +283,10 @@ pub fn process(spec: &ProcessSpec, filter: &(Vec<u8>, u32)) -> ProcessPlan {
         }),
         filter: filter.0.clone(),
         filter_flags: filter.1,
+        scheduler: spec.schedule.scheduler,
+        io_priority: spec.schedule.io_priority,
+        cpus: Vec::new(),
+        path: String::new(),
     }
 }
 

@@ -2,27 +2,29 @@
 //! its forker.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use casemate_cgroup::{Attach, Cgroup};
 use casemate_protocol::plan::{MountSource, ProcessPlan};
 use casemate_protocol::{Channel, INIT_KEY, ToAgent, ToForker, seal_plan};
-use casemate_spec::{Config, ProcessSpec, Tightened};
-use casemate_sys::mount::{attr, clone_tree};
+use casemate_spec::{Config, HookSpec, ProcessSpec, Tightened};
+use casemate_sys::mount::attr;
 use casemate_sys::{message, process};
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 
-use super::forker::{Forker, Reply};
+use super::forker::{Forker, Reply, out_of_turn};
 use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-use super::{namespaces, users, verify};
+use super::{hooks, namespaces, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
+use crate::host::hooks::Runner;
 use crate::host::staging::Staging;
-use crate::host::{Step, bind, dev, rootfs};
+use crate::host::{Step, bind, cgroup_view, dev, rootfs};
 use crate::plan::{self, Staged};
 
 /// When a start is over and its code won't be needed for a while.
@@ -45,6 +47,13 @@ pub struct Container {
     next_key: AtomicU32,
     /// Host id of the container's root.
     container_root: u32,
+    bundle: PathBuf,
+    /// Host pid of init.
+    init_pid: u32,
+    runner: Option<Arc<Runner>>,
+    hooks: hooks::Inside,
+    /// The last hooks have had their turn.
+    stopped: AtomicBool,
 }
 
 /// Undoes what a failed create has made.
@@ -139,11 +148,20 @@ pub(super) async fn create(
                 journal: pod.journal.clone(),
                 next_key: AtomicU32::new(INIT_KEY + 1),
                 container_root: pod.range.container_root(),
+                bundle: request.bundle,
+                init_pid: spawned.pid,
+                runner: pod.runner.clone(),
+                hooks: hooks::Inside::default(),
+                stopped: AtomicBool::new(false),
             };
             Ok((Arc::new(container), spawned))
         }
         Err(e) => {
             undo.run().await;
+            let (id, bundle) = (request.id.as_str(), request.bundle.as_path());
+            let state = hooks::state(&spec, id, bundle, "stopped", None);
+            let runner = pod.runner.as_deref();
+            hooks::on_node_or_warn(runner, &spec.hooks.poststop, &state, (id, bundle)).await;
             let _ = record(&pod.journal, Entry::Removed(request.id.clone()));
             Err(e)
         }
@@ -187,7 +205,7 @@ async fn launch(
             .step("open", "cgroup.procs")?,
         ],
     };
-    let reply = forker
+    let mut reply = forker
         .ready(|| {
             let mut fds = vec![theirs.as_fd(), sealed.as_fd(), pod.userns.as_fd()];
             fds.extend(files.iter().map(AsFd::as_fd));
@@ -197,10 +215,17 @@ async fn launch(
             sent.map_err(|e| SandboxError::Unavailable(format!("ask the agent: {e}")))
         })
         .await?;
+    if let Some(clocks) = &spec.clocks {
+        let pid = verify::child(&reply.waiting()?, pod.agent.pid)?.ok_or_else(ended)?;
+        hooks::set_clocks(pid, clocks)?;
+        reply = forker.proceed(&[], Duration::ZERO).await?;
+    }
+    if spec.hooks.wait_before_root() {
+        let pid = verify::child(&reply.waiting()?, pod.agent.pid)?.ok_or_else(ended)?;
+        reply = hooks::before_root(pod, request, spec, &forker, pid).await?;
+    }
     let Reply::Ready(forker_pidfd, early) = reply else {
-        return Err(SandboxError::Unavailable(
-            "the forker answers out of turn".into(),
-        ));
+        return Err(out_of_turn());
     };
     let forker_pid = verify::child(&forker_pidfd, pod.agent.pid)?.ok_or_else(ended)?;
     // Init inherits from the forker, unless it is there already.
@@ -266,13 +291,13 @@ fn stage(
     let mut controllers = Vec::new();
     for (name, what) in &launch.staged {
         let tree = match what {
-            Staged::Dev(options, attributes) => {
-                dev::make(pod.range.container_root(), options, *attributes)?
+            Staged::Dev(options, attributes, devices) => {
+                dev::make(pod.range.container_root(), options, *attributes, devices)?
             }
             Staged::Sysfs => pod.network.sysfs(pod.config.kernel.older_ways)?,
             Staged::CgroupV1 => {
-                controllers = cgroup_views(cgroup)?;
-                cgroup_base(&controllers).step("make", "/sys/fs/cgroup")?
+                controllers = cgroup_view::each(cgroup)?;
+                cgroup_view::base(&controllers).step("make", "/sys/fs/cgroup")?
             }
             Staged::Bind(mount) => {
                 let (tree, is_directory) = bind::open(mount, &pod.userns)?;
@@ -299,43 +324,6 @@ fn stage(
             .step("stage cgroups of", &request.id)?;
     }
     Ok(launch.plan)
-}
-
-/// Read-only views of the container's own cgroup, one for each v1 controller.
-fn cgroup_views(cgroup: &Cgroup) -> Result<Vec<(String, OwnedFd)>, SandboxError> {
-    let mut views = Vec::new();
-    for dir in cgroup.dirs() {
-        let Ok(relative) = dir.strip_prefix("/sys/fs/cgroup") else {
-            continue;
-        };
-        let Some(name) = relative.components().next() else {
-            continue;
-        };
-        let name = name.as_os_str().to_string_lossy().into_owned();
-        let object = dir.display().to_string();
-        let tree = clone_tree(CWD, dir, false, false).step("clone", &object)?;
-        casemate_sys::mount::set_attributes(
-            &tree,
-            casemate_sys::mount::Change {
-                set: attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC,
-                ..Default::default()
-            },
-        )
-        .step("protect", &object)?;
-        views.push((name, tree));
-    }
-    Ok(views)
-}
-
-fn cgroup_base(views: &[(String, OwnedFd)]) -> std::io::Result<OwnedFd> {
-    let fs = casemate_sys::mount::NewFs::open("tmpfs")?;
-    fs.string("mode", "0755")?;
-    fs.string("size", "64k")?;
-    let tmpfs = fs.mount(attr::NOSUID | attr::NODEV | attr::NOEXEC)?;
-    for (name, _) in views {
-        rustix::fs::mkdirat(&tmpfs, name.as_str(), rustix::fs::Mode::from(0o755))?;
-    }
-    Ok(tmpfs)
 }
 
 /// Makes a pipe the process' own, so that it can open /dev/stdout anew. Other
@@ -449,9 +437,7 @@ async fn spawn(
                 pty,
             })
         }
-        _ => Err(SandboxError::Unavailable(
-            "the forker answers out of turn".into(),
-        )),
+        _ => Err(out_of_turn()),
     }
 }
 
@@ -459,6 +445,10 @@ impl Container {
     /// Lets the parked init exec. An error names the binary and the reason;
     /// the process is then gone and its exit is *not* reported separately.
     pub async fn go(&self) -> Result<(), SandboxError> {
+        if let Err(error) = self.start_hooks().await {
+            let _ = process::signal(&self.init, KILL);
+            return Err(error);
+        }
         match self
             .forker
             .request(INIT_KEY, &ToForker::Go { key: INIT_KEY }, &[])
@@ -470,12 +460,42 @@ impl Container {
                     tokio::time::sleep(SETTLED).await;
                     casemate_sys::memory::release_startup();
                 });
-                Ok(())
             }
-            _ => Err(SandboxError::Unavailable(
-                "the forker answers out of turn".into(),
-            )),
+            _ => return Err(out_of_turn()),
         }
+        let hooks = &self.spec.hooks.poststart;
+        self.hooks_on_node(hooks, "running", Some(self.init_pid))
+            .await;
+        Ok(())
+    }
+
+    async fn hooks_on_node(&self, list: &[HookSpec], status: &str, pid: Option<u32>) {
+        if !list.is_empty() {
+            let state = hooks::state(&self.spec, &self.id, &self.bundle, status, pid);
+            let what = (self.id.as_str(), self.bundle.as_path());
+            hooks::on_node_or_warn(self.runner.as_deref(), list, &state, what).await;
+        }
+    }
+
+    /// Hooks of the container's own, before init executes.
+    async fn start_hooks(&self) -> Result<(), SandboxError> {
+        let list = &self.spec.hooks.start_container;
+        if list.is_empty() {
+            return Ok(());
+        }
+        let pid = hooks::inner_pid(self.init_pid);
+        let state = hooks::state(&self.spec, &self.id, &self.bundle, "created", pid);
+        let init = process_plan(&self.spec.process, &self.filter, &[self.forker_pid])?;
+        for hook in list {
+            let key = self.next_key.fetch_add(1, Ordering::Relaxed);
+            let exit = self.hooks.expect(key);
+            let plan = plan::start_hook(hook, &init);
+            let stdio = hooks::stdio(&state)?;
+            let forker = (&self.forker, self.forker_pid);
+            let spawned = spawn(forker, key, false, &plan, &stdio, self.container_root);
+            self.hooks.ended(hook, key, spawned.await, exit).await?;
+        }
+        Ok(())
     }
 
     /// Runs one more process (OCI `Process` JSON, as in Exec requests).
@@ -495,7 +515,8 @@ impl Container {
         }
         // The request overrules the document (Exec of the task service).
         spec.terminal = terminal;
-        let plan = process_plan(&spec, &self.filter, &[self.forker_pid])?;
+        let mut plan = process_plan(&spec, &self.filter, &[self.forker_pid])?;
+        plan.cpus.clone_from(&spec.schedule.exec_cpus);
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
         let forker = (&self.forker, self.forker_pid);
         // It inherits the container's score; another one is set before it runs.
@@ -521,7 +542,15 @@ impl Container {
     /// The next exit; `None` when the forker is gone and no more will come
     /// (processes not reported by then have died with it: status 137).
     pub async fn next_exit(&self) -> Option<Exit> {
-        self.forker.next_exit().await
+        loop {
+            let Some(exit) = self.forker.next_exit().await else {
+                self.hooks.no_more();
+                return None;
+            };
+            if !self.hooks.took(&exit) {
+                return Some(exit);
+            }
+        }
     }
 
     /// The container's cgroup: pids, freeze, stats, update.
@@ -546,12 +575,17 @@ impl Container {
             .map_err(cgroup_error)
     }
 
-    /// Kills what is left, removes cgroup and mounts. Bounded (1 s), never
-    /// waits for agent or forker to answer, may be called twice.
+    /// Kills what is left, removes cgroup and mounts. Bounded (1 s, and what the
+    /// last hooks may take), never waits for agent or forker to answer, may be
+    /// called twice.
     pub async fn destroy(&self) {
         let _ = process::signal(&self.init, KILL);
         let _ = process::signal(&self.forker_pidfd, KILL);
         clean(&self.cgroup, &self.staging, &self.directory).await;
+        if !self.stopped.swap(true, Ordering::Relaxed) {
+            let hooks = &self.spec.hooks.poststop;
+            self.hooks_on_node(hooks, "stopped", None).await;
+        }
         let _ = record(&self.journal, Entry::Removed(self.id.clone()));
     }
 }

@@ -25,7 +25,27 @@ pub enum Reply {
     Spawned(OwnedFd, Option<OwnedFd>),
     /// A parked process has passed exec.
     Started,
+    /// On the way to `Ready` it waits for [`Forker::proceed`]: its pidfd.
+    Waiting(OwnedFd),
 }
+
+impl Reply {
+    /// The pidfd of whoever waits for [`Forker::proceed`].
+    pub fn waiting(self) -> Result<OwnedFd, SandboxError> {
+        match self {
+            Reply::Waiting(pidfd) => Ok(pidfd),
+            _ => Err(out_of_turn()),
+        }
+    }
+}
+
+/// An answer to something else.
+pub fn out_of_turn() -> SandboxError {
+    SandboxError::Unavailable("the forker answers out of turn".into())
+}
+
+/// Stands for the forker itself among keys.
+const ITSELF: u32 = u32::MAX;
 
 type Waiting = Option<oneshot::Sender<Result<Reply, SandboxError>>>;
 
@@ -71,7 +91,7 @@ impl Forker {
         &self,
         ask: impl FnOnce() -> Result<(), SandboxError>,
     ) -> Result<Reply, SandboxError> {
-        self.transact(u32::MAX, ask).await
+        self.transact(ITSELF, PATIENCE, ask).await
     }
 
     /// Sends a request about process `key` and waits for its answer.
@@ -81,18 +101,33 @@ impl Forker {
         message: &ToForker,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Reply, SandboxError> {
-        self.transact(key, || {
-            self.channel
-                .get_ref()
-                .send(message, fds)
-                .map_err(|e| SandboxError::Unavailable(format!("ask the forker: {e}")))
+        self.transact(key, PATIENCE, || self.send(message, fds))
+            .await
+    }
+
+    /// Lets it go on after [`Reply::Waiting`]; it may take `more` than usual.
+    pub async fn proceed(
+        &self,
+        fds: &[BorrowedFd<'_>],
+        more: Duration,
+    ) -> Result<Reply, SandboxError> {
+        self.transact(ITSELF, PATIENCE + more, || {
+            self.send(&ToForker::Proceed, fds)
         })
         .await
+    }
+
+    fn send(&self, message: &ToForker, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+        self.channel
+            .get_ref()
+            .send(message, fds)
+            .map_err(|e| SandboxError::Unavailable(format!("ask the forker: {e}")))
     }
 
     async fn transact(
         &self,
         key: u32,
+        patience: Duration,
         ask: impl FnOnce() -> Result<(), SandboxError>,
     ) -> Result<Reply, SandboxError> {
         let _turn = self.turn.lock().await;
@@ -103,14 +138,14 @@ impl Forker {
             state.current = key;
         }
         ask()?;
-        match tokio::time::timeout(PATIENCE, receiver).await {
+        match tokio::time::timeout(patience, receiver).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(_)) => Err(gone()),
             Err(_) => {
                 lock(&self.state).waiting = None;
                 Err(SandboxError::Unavailable(format!(
                     "the container's forker gave no answer within {} s",
-                    PATIENCE.as_secs()
+                    patience.as_secs()
                 )))
             }
         }
@@ -181,11 +216,17 @@ fn handle(
             return Ok(());
         }
         FromForker::Ready => {
-            if state.current != u32::MAX {
+            if state.current != ITSELF {
                 return Err("unsolicited answer");
             }
             let forker = fds.next().ok_or("no pidfd")?;
             Ok(Reply::Ready(forker, fds.next()))
+        }
+        FromForker::Waiting => {
+            if state.current != ITSELF {
+                return Err("unsolicited answer");
+            }
+            Ok(Reply::Waiting(fds.next().ok_or("no pidfd")?))
         }
         FromForker::Spawned { key } => {
             if key != state.current {

@@ -4,6 +4,7 @@
 
 mod container;
 mod forker;
+mod hooks;
 mod namespaces;
 mod users;
 mod verify;
@@ -21,13 +22,15 @@ use tokio::io::Interest;
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::bootstrap::proc;
 use crate::host::agent::{self, Agent};
+use crate::host::hooks::Runner;
 use crate::host::ids::{DIRECTORY, IdRange};
 use crate::host::network::Network;
 use crate::host::staging::Staging;
-use crate::host::{Step, userns};
+use crate::host::{Step, dev, userns};
 use crate::plan;
 
 pub use container::Container;
+pub use hooks::after_death;
 
 /// What went wrong while an effect was made: step, object, reason, way out.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +47,19 @@ pub enum SandboxError {
     /// Anything else: the host or kernel refused a step.
     #[error("{0}")]
     Failed(String),
+}
+
+impl SandboxError {
+    /// The same, as a part of a larger step.
+    fn within(self, step: &str) -> SandboxError {
+        let inside = |text: String| format!("{step}: {text}");
+        match self {
+            SandboxError::Invalid(text) => SandboxError::Invalid(inside(text)),
+            SandboxError::NotFound(text) => SandboxError::NotFound(inside(text)),
+            SandboxError::Unavailable(text) => SandboxError::Unavailable(inside(text)),
+            SandboxError::Failed(text) => SandboxError::Failed(inside(text)),
+        }
+    }
 }
 
 /// What the pod is made from, before its first container.
@@ -132,6 +148,8 @@ pub struct Sandbox {
     agent: Agent,
     cgroup: Cgroup,
     landlock: bool,
+    /// Runs hooks on the host, where the configuration allows any.
+    runner: Option<Arc<Runner>>,
     /// Names staging directories; ids of containers aren't file names we chose.
     next: Mutex<u32>,
 }
@@ -152,8 +170,10 @@ fn read_spec(bundle: &Path, id: &str, config: &Config) -> Result<Tightened, Sand
     let bytes = std::fs::read(&path).step("read", path.display().to_string())?;
     let invalid = |e: String| SandboxError::Invalid(e);
     let loaded = casemate_spec::load(&bytes).map_err(|e| invalid(e.to_string()))?;
+    let devices = dev::at(&config.devices.allow);
     let context = Context {
         id,
+        devices: &devices,
         ..Context::default()
     };
     let spec =
@@ -191,6 +211,7 @@ impl Sandbox {
         let journal = Journal::open(&request.bundle)
             .step("open the journal in", request.bundle.display().to_string())?;
         let landlock = landlock(&config)?;
+        let runner = Runner::start(&config.hooks)?.map(Arc::new);
         let chosen = users::Chosen::of(spec.users.as_ref())?;
         let first = chosen.as_ref().map(users::Chosen::first);
         let range = IdRange::take(&config.ids, first, Path::new(DIRECTORY))?;
@@ -264,6 +285,7 @@ impl Sandbox {
             agent,
             cgroup,
             landlock,
+            runner,
             next: Mutex::new(0),
         }))
     }

@@ -14,6 +14,7 @@ pub const CONTEXT: Context<'static> = Context {
     id: "c1",
     apparmor: false,
     selinux: false,
+    devices: &[],
 };
 
 /// `bytes` with the value at each pointer (RFC 6901) replaced or added.

@@ -52,6 +52,12 @@ fn obey(words: &[&str]) -> ExitCode {
         // Needs CAP_NET_ADMIN over the network namespace.
         ["loopback"] => casemate_sys::namespace::loopback_up(),
         ["ping", address] => ping(address),
+        ["hook", path, then @ ..] => match hook(path) {
+            Ok(()) => return obey(then),
+            Err(error) => Err(error),
+        },
+        ["clocks"] => clocks(),
+        [] => return ExitCode::SUCCESS,
         _ => Err(io::Error::other(format!("unknown words {words:?}"))),
     };
     match done {
@@ -224,6 +230,65 @@ fn ping(address: &str) -> io::Result<()> {
 /// Copies a file to standard output.
 fn read(path: &str) -> io::Result<()> {
     io::stdout().write_all(&fs::read(path)?)
+}
+
+/// As an OCI hook: writes down, in one line of JSON at the end of `path`, what it
+/// was given and where it runs.
+fn hook(path: &str) -> io::Result<()> {
+    let mut input = String::new();
+    io::stdin().read_to_string(&mut input)?;
+    let namespaces = ["mnt", "pid", "net", "ipc", "uts", "user", "cgroup"].map(|kind| {
+        let link = fs::read_link(format!("/proc/self/ns/{kind}")).unwrap_or_default();
+        format!("{kind:?}: \"{}\"", link.display())
+    });
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    // Asked of the kernel: proc is not for every hook to read.
+    let caps = rustix::thread::capabilities(None).map_or(0, |sets| sets.effective.bits());
+    let locks = (
+        rustix::thread::no_new_privs()?,
+        rustix::thread::secure_computing_mode().map_or(0, |mode| mode as i32),
+    );
+    let words: Vec<String> = std::env::args().collect();
+    let variables: Vec<String> = std::env::vars().map(|(k, v)| format!("{k}={v}")).collect();
+    let cwd = std::env::current_dir().unwrap_or_default();
+    let mut file = fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)?;
+    writeln!(
+        file,
+        "{{{}, \"args\": {words:?}, \"env\": {variables:?}, \"cwd\": {:?}, \"status\": {status:?}, \"caps\": {caps}, \"no_new_privs\": {}, \"seccomp\": {}, \
+         \"sees\": {:?}, \"state\": {}}}",
+        namespaces.join(", "),
+        cwd.display().to_string(),
+        locks.0,
+        locks.1,
+        names("/"),
+        if input.is_empty() { "null" } else { &input },
+    )
+}
+
+/// What is in a directory; nothing if it can't be read.
+fn names(path: &str) -> Vec<String> {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// Seconds of the clocks that a time namespace can shift.
+fn clocks() -> io::Result<()> {
+    use rustix::time::{ClockId, clock_gettime};
+    for (name, id) in [
+        ("monotonic", ClockId::Monotonic),
+        ("boottime", ClockId::Boottime),
+        ("realtime", ClockId::Realtime),
+    ] {
+        println!("{name} {}", clock_gettime(id).tv_sec);
+    }
+    Ok(())
 }
 
 fn chmod(mode: &str, path: &str) -> io::Result<()> {

@@ -15,6 +15,7 @@ mod death;
 mod events;
 mod exec;
 mod exec_io;
+mod hooks;
 mod hostile;
 mod hostile_node;
 mod hostile_shape;
@@ -23,6 +24,7 @@ mod limits;
 mod locks;
 mod locks_pod;
 mod loggers;
+mod oci;
 mod pause;
 mod sandbox;
 mod signals;
@@ -59,11 +61,13 @@ fn main() -> ExitCode {
         events::trials(),
         death::trials(),
         daemon::trials(),
+        oci::trials(),
         sandbox::trials(),
         trees::trials(),
         limits::trials(),
         locks::trials(),
         locks_pod::trials(),
+        hooks::trials(),
         hostile::trials(),
         hostile_node::trials(),
         hostile_shape::trials(),
