@@ -27,7 +27,7 @@ pub struct Config {
     pub profile: Profile,
     /// Host ids that pods get.
     pub ids: Ids,
-    /// What a sandbox may share with the host.
+    /// How sandboxes are made, and what they may share with the host.
     pub sandbox: Sandbox,
     /// What to do without when the kernel or the node lacks it.
     pub fallback: Fallback,
@@ -98,7 +98,7 @@ impl Default for Ids {
     }
 }
 
-/// What a sandbox may share with the host.
+/// How sandboxes are made, and what they may share with the host.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sandbox {
@@ -108,6 +108,8 @@ pub struct Sandbox {
     pub allow_host_pid: bool,
     /// `hostIPC: true` is accepted.
     pub allow_host_ipc: bool,
+    /// containerd may make pods by its sandbox API (`sandboxer = "shim"`).
+    pub api: bool,
     /// The agent's binary; unset is `casemate-agent` beside the shim's.
     pub agent_path: Option<PathBuf>,
 }

@@ -149,11 +149,22 @@ impl Task {
     /// Writes the spec, runs `start`, connects.
     pub fn boot(&mut self) -> Result<Answer> {
         self.write_spec()?;
+        self.boot_as_it_is()
+    }
+
+    /// Runs `start` on the bundle as it is, connects.
+    pub fn boot_as_it_is(&mut self) -> Result<Answer> {
         let answer = self.shim.start()?;
         let client = Client::connect(&answer.address, answer.version)?;
         let pid = client.shim(&self.id)?.shim_pid;
         self.booted = Some((answer.clone(), client, pid));
         Ok(answer)
+    }
+
+    /// Uses the shim of `pod`, as containerd does for later containers.
+    pub fn join(&mut self, pod: &Task) -> Result<()> {
+        self.booted = Some(pod.need()?.clone());
+        Ok(())
     }
 
     fn need(&self) -> Result<&(Answer, Client, u32)> {

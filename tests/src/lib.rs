@@ -20,6 +20,7 @@ pub mod pod;
 pub mod procs;
 pub mod results;
 pub mod run;
+pub mod sandbox_api;
 pub mod shim;
 pub mod skip;
 pub mod spec;

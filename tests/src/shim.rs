@@ -188,7 +188,15 @@ impl Client {
         })
     }
 
-    /// Any RPC of the task service.
+    /// The same connection for the sandbox service.
+    pub fn of_sandbox(&self) -> Self {
+        Self {
+            client: self.client.clone(),
+            service: "containerd.runtime.sandbox.v1.Sandbox".to_owned(),
+        }
+    }
+
+    /// Any RPC of the service.
     pub fn call<R: Message>(&self, method: &str, ask: &dyn Ask, limit: Duration) -> Result<R> {
         let failed = |source| Failure::Rpc {
             method: method.to_owned(),

@@ -93,6 +93,8 @@ impl Facts {
                 Entry::Socket(path) => facts.sockets.push(path),
                 Entry::Agent { pid, start_time } => facts.agents.push((pid, start_time)),
                 Entry::Cgroup { container, dirs } => {
+                    // A pod that could not be made may be made again.
+                    facts.removed.remove(&container);
                     let known = &mut facts.containers.entry(container).or_default().cgroups;
                     known.extend(dirs);
                 }

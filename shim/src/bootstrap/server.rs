@@ -19,12 +19,12 @@ use ttrpc::r#async::transport::Listener;
 use super::flags::Flags;
 use super::journal::{Entry, Journal};
 use super::proc;
+use super::spec::CONFIG;
 use super::start::READY;
 use crate::error::one_line;
 use crate::events::{Events, socket_path};
-use crate::host::lockdown;
 use crate::pod::Pod;
-use crate::sandbox::{PodRequest, Sandbox};
+use crate::sandbox::{self, Origin};
 use crate::service;
 
 /// How long events may still be handed over before the shim ends.
@@ -128,16 +128,20 @@ fn duplicate(fd: std::os::fd::BorrowedFd<'_>) -> Result<std::os::fd::OwnedFd, St
 
 async fn serve(prepared: Prepared) -> Result<(), String> {
     let events = Events::new(&prepared.namespace);
+    let has_spec = prepared.bundle.join(CONFIG).exists();
+    let pod = Pod::new(
+        prepared.pod_id.clone(),
+        prepared.bundle,
+        events.clone(),
+        prepared.journal,
+    );
     // Before anything is accepted: the agent starts while containerd connects.
-    let sandbox = Sandbox::start(PodRequest {
-        pod_id: prepared.pod_id.clone(),
-        bundle: prepared.bundle.clone(),
-    })
-    .and_then(|sandbox| lockdown::lock(sandbox.cgroup()).map(|()| sandbox));
-    if let Err(error) = &sandbox {
+    // Without a specification CreateSandbox says how, later.
+    if has_spec && let Err(error) = pod.make_sandbox(Origin::Bundle) {
         log::error!("pod {}: {error}", prepared.pod_id);
+        // Told at every Create.
+        pod.give_up(error);
     }
-    let pod = Pod::new(prepared.bundle, events.clone(), prepared.journal, sandbox);
 
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|error| format!("watch SIGTERM: {error}"))?;
@@ -148,14 +152,13 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
     // ttrpc panics at its end when this stream can end.
     let connections = connections(listener).chain(futures::stream::pending());
     let mut server = Server::new()
-        .register_service(service::services(pod.clone()))
+        .register_service(service::services(pod.clone(), sandbox::has_api()))
         .add_listener(Listener::new(connections));
     server
         .start()
         .await
         .map_err(|error| format!("serve ttrpc: {error}"))?;
     tokio::spawn(events.clone().run(prepared.events));
-    tokio::spawn(pod.clone().watch_agent());
     log::debug!("pod {}: serving", prepared.pod_id);
 
     tokio::select! {

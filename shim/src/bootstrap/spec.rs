@@ -7,6 +7,9 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+/// The document's name in a bundle.
+pub const CONFIG: &str = "config.json";
+
 const GROUP: &str = "io.containerd.runc.v2.group";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
@@ -36,12 +39,21 @@ struct Namespace {
 impl Spec {
     /// Reads `<bundle>/config.json`.
     pub fn read(bundle: &Path) -> io::Result<Spec> {
-        let path = bundle.join("config.json");
+        let path = bundle.join(CONFIG);
         let text = std::fs::read(&path).map_err(|error| {
             io::Error::new(error.kind(), format!("read {}: {error}", path.display()))
         })?;
         serde_json::from_slice(&text)
             .map_err(|error| io::Error::other(format!("parse {}: {error}", path.display())))
+    }
+
+    /// Stands for the document where there is none: containerd's sandbox API
+    /// writes none, and there is no such API before 2.0.
+    pub fn of_sandbox_api() -> Spec {
+        Spec {
+            oci_version: "1.2.0".to_owned(),
+            ..Spec::default()
+        }
     }
 
     /// Containers with the same group share a shim.

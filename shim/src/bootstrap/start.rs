@@ -38,7 +38,7 @@ pub fn run(flags: &Flags) -> Result<(), String> {
     let bundle =
         std::env::current_dir().map_err(|error| format!("read the working directory: {error}"))?;
     let stdin = Stdin::parse(&read_stdin()?, flags)?;
-    let spec = Spec::read(&bundle).map_err(|error| error.to_string())?;
+    let spec = read_spec(&bundle)?;
     let dir = stdin.socket_dir().unwrap_or(Path::new(socket::DEFAULT_DIR));
     let group = spec.group(&flags.id);
     let path = socket::path(dir, &flags.address, &flags.namespace, group);
@@ -68,6 +68,25 @@ pub fn run(flags: &Flags) -> Result<(), String> {
     io::stdout()
         .write_all(&answer)
         .map_err(|error| format!("print the address: {error}"))
+}
+
+/// What the bundle says. One without `config.json` is of the sandbox API.
+fn read_spec(bundle: &Path) -> Result<Spec, String> {
+    let error = match Spec::read(bundle) {
+        Ok(spec) => return Ok(spec),
+        Err(error) => error,
+    };
+    if error.kind() != io::ErrorKind::NotFound {
+        return Err(error.to_string());
+    }
+    match crate::sandbox::has_api() {
+        Ok(true) => Ok(Spec::of_sandbox_api()),
+        Ok(false) => Err(format!(
+            "{error}; if containerd is to make pods by its sandbox API (sandboxer = \"shim\"), \
+             set sandbox.api = true in config.toml"
+        )),
+        Err(config) => Err(format!("{error}; {config}")),
+    }
 }
 
 /// What containerd wrote to stdin, by protocol.

@@ -28,6 +28,8 @@ pub struct Staging {
 
 /// Where [`Staging::holding`] holds mounts; not shared with the pod.
 const HOLD: &str = "/hold";
+/// Where [`Staging::keep`] keeps one; not shared with the pod either.
+const KEPT: &str = "/kept";
 
 fn path_flags() -> OFlags {
     OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC
@@ -86,6 +88,18 @@ impl Staging {
             }
             result
         })
+    }
+
+    /// Keeps `tree` in the small namespace, out of the pod's sight, for
+    /// [`Staging::copy`].
+    pub fn keep(&self, tree: &OwnedFd) -> io::Result<()> {
+        self.inside(|| mount::attach(tree, CWD, KEPT))
+    }
+
+    /// A detached mount of `name` in what is kept, or of all of it.
+    pub fn copy(&self, name: &str) -> io::Result<OwnedFd> {
+        let path = Path::new(KEPT).join(name);
+        self.inside(|| clone_tree(CWD, &path, false, false))
     }
 
     /// Attaches `entries` (name, mount) below `directory`, which is made.
@@ -176,7 +190,7 @@ fn build() -> Result<OwnedFd, SandboxError> {
     let root = tmpfs("64k", "24").step("make", "root tmpfs")?;
     let stage = tmpfs("1m", "8192").step("make", "staging tmpfs")?;
     mount::attach(&root, CWD, "/run").step("attach", "root tmpfs")?;
-    for name in ["proc", "staging", "root", "hold"] {
+    for name in ["proc", "staging", "root", "hold", "kept"] {
         rustix::fs::mkdirat(&root, name, Mode::from(0o755)).step("make directory", name)?;
     }
     mount::attach(&proc, &root, "proc").step("attach", "/proc")?;

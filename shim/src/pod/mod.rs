@@ -1,5 +1,7 @@
 //! The pod: its containers, its sandbox, and when the shim may go.
 
+mod end;
+pub mod life;
 mod oom;
 pub mod process;
 pub mod state;
@@ -8,34 +10,51 @@ pub mod task;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::watch;
 
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::error::{ShimError, again};
 use crate::events::Events;
-use crate::sandbox::{Sandbox, SandboxError};
+use crate::host::lockdown;
+use crate::sandbox::{Origin, PodRequest, Sandbox, SandboxError};
+use life::{Life, Step};
 use task::Task;
-
-/// How long exits may still arrive after the agent has gone.
-const LAST_EXITS: Duration = Duration::from_millis(300);
 
 /// Everything the shim knows.
 pub struct Pod {
+    /// The pod's id: CRI's sandbox id, or that of the only container.
+    pub id: String,
     /// Bundle of the pod.
     pub bundle: PathBuf,
     /// The event queue.
     pub events: Events,
     /// What was made on the host.
     pub journal: Arc<Journal>,
-    sandbox: Result<Arc<Sandbox>, SandboxError>,
     book: Mutex<Book>,
+    life: watch::Sender<Life>,
+    /// Held by whoever ends the sandbox.
+    ending: tokio::sync::Mutex<()>,
     leave: watch::Sender<bool>,
+}
+
+/// What stands behind the pod.
+#[derive(Default)]
+enum Slot {
+    /// Not made yet: CreateSandbox is to come.
+    #[default]
+    Awaited,
+    /// There.
+    Made(Arc<Sandbox>),
+    /// It could not be made.
+    Failed(SandboxError),
+    /// Stopped: nothing of it is left on the host.
+    Stopped,
 }
 
 #[derive(Default)]
 struct Book {
+    slot: Slot,
     tasks: BTreeMap<String, Arc<Task>>,
     /// Ids whose Create is under way.
     creating: BTreeSet<String>,
@@ -54,20 +73,16 @@ pub struct Reservation {
 }
 
 impl Pod {
-    /// A pod without containers. A sandbox that could not be made is told at
-    /// every Create.
-    pub fn new(
-        bundle: PathBuf,
-        events: Events,
-        journal: Arc<Journal>,
-        sandbox: Result<Arc<Sandbox>, SandboxError>,
-    ) -> Arc<Pod> {
+    /// A pod without sandbox and containers.
+    pub fn new(id: String, bundle: PathBuf, events: Events, journal: Arc<Journal>) -> Arc<Pod> {
         Arc::new(Pod {
+            id,
             bundle,
             events,
             journal,
-            sandbox,
             book: Mutex::new(Book::default()),
+            life: watch::Sender::new(Life::Awaited),
+            ending: tokio::sync::Mutex::new(()),
             leave: watch::Sender::new(false),
         })
     }
@@ -76,16 +91,73 @@ impl Pod {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Makes the sandbox; then the shim locks itself. Once in its life.
+    pub fn make_sandbox(self: &Arc<Pod>, origin: Origin) -> Result<(), SandboxError> {
+        let sandbox = Sandbox::start(PodRequest {
+            pod_id: self.id.clone(),
+            bundle: self.bundle.clone(),
+            origin,
+        })?;
+        lockdown::lock(sandbox.cgroup())?;
+        self.book().slot = Slot::Made(sandbox.clone());
+        tokio::spawn(self.clone().watch_agent(sandbox));
+        Ok(())
+    }
+
+    /// There will be no sandbox.
+    pub fn give_up(&self, error: SandboxError) {
+        self.book().slot = Slot::Failed(error);
+    }
+
     /// The sandbox, or why there is none.
-    pub fn sandbox(&self) -> Result<&Arc<Sandbox>, ShimError> {
-        if self.book().lost {
-            return Err(ShimError::Unavailable(
+    pub fn sandbox(&self) -> Result<Arc<Sandbox>, ShimError> {
+        let book = self.book();
+        match &book.slot {
+            Slot::Awaited => Err(ShimError::FailedPrecondition(
+                "the pod has no sandbox yet: call CreateSandbox first".to_owned(),
+            )),
+            Slot::Failed(error) => Err(ShimError::from(again(error))),
+            Slot::Stopped => Err(ShimError::Unavailable(
+                "the pod's sandbox has been stopped: the pod must be made again".to_owned(),
+            )),
+            Slot::Made(_) if book.lost => Err(ShimError::Unavailable(
                 "the pod's agent has ended: the pod must be made again".to_owned(),
-            ));
+            )),
+            Slot::Made(sandbox) => Ok(sandbox.clone()),
         }
-        self.sandbox
-            .as_ref()
-            .map_err(|error| ShimError::from(again(error)))
+    }
+
+    /// Where the sandbox is, as the sandbox API tells it.
+    pub fn life(&self) -> Life {
+        *self.life.borrow()
+    }
+
+    /// Takes a step of its life; what it is now, and whether that follows.
+    pub fn step(&self, step: Step) -> Result<Life, Life> {
+        let mut answer = Err(Life::Awaited);
+        self.life.send_if_modified(|life| match life.on(step) {
+            Some(next) => {
+                *life = next;
+                answer = Ok(next);
+                true
+            }
+            None => {
+                answer = Err(*life);
+                false
+            }
+        });
+        answer
+    }
+
+    /// Waits for the sandbox' end.
+    pub async fn wait_ended(&self) -> process::Exited {
+        let mut life = self.life.subscribe();
+        // Its sender lives in `self`.
+        let ended = life.wait_for(|life| life.exited().is_some()).await;
+        ended
+            .ok()
+            .and_then(|life| life.exited())
+            .unwrap_or_else(|| process::Exited::now(task::KILLED))
     }
 
     /// The container with this id.
@@ -125,8 +197,14 @@ impl Pod {
         self.leave_if_idle();
     }
 
-    /// Shutdown: at once without containers, else after the last one.
+    /// Shutdown: at once without containers, else after the last one. A pod of
+    /// the sandbox API outlives its containers: ShutdownSandbox ends it, and
+    /// this comes when a container could not be made.
     pub fn shutdown(&self) {
+        if self.life() != Life::Awaited {
+            log::debug!("pod {}: kept for its sandbox", self.id);
+            return;
+        }
         self.book().shutdown = true;
         self.leave_if_idle();
     }
@@ -154,69 +232,15 @@ impl Pod {
         self.tasks()
     }
 
+    /// Ids of the containers.
+    pub fn ids(&self) -> Vec<String> {
+        self.book().tasks.keys().cloned().collect()
+    }
+
     fn tasks(&self) -> Vec<Arc<Task>> {
         let mut tasks: Vec<_> = self.book().tasks.values().cloned().collect();
         tasks.sort_by_key(|task| task.container().is_none());
         tasks
-    }
-
-    /// Waits for the agent's end; then every container ends with it.
-    pub async fn watch_agent(self: Arc<Pod>) {
-        let Ok(sandbox) = &self.sandbox else { return };
-        sandbox.lost().await;
-        self.book().lost = true;
-        let tasks = self.tasks();
-        if !tasks.is_empty() {
-            log::error!("the agent has ended: so have {} containers", tasks.len());
-        }
-        for task in tasks {
-            task.abandon_within(LAST_EXITS).await;
-        }
-    }
-
-    /// Kills every container and records their ends (SIGTERM).
-    pub async fn end_all(&self) {
-        let tasks = self.close();
-        for task in &tasks {
-            if let Some(container) = task.container()
-                && let Err(error) = container.kill_all(libc::SIGKILL)
-            {
-                log::warn!("container {}: kill: {error}", task.id);
-            }
-        }
-        for task in &tasks {
-            let limit = if task.container().is_some() {
-                Duration::from_secs(1)
-            } else {
-                Duration::ZERO
-            };
-            if tokio::time::timeout(limit, task.init.wait()).await.is_err() {
-                task.abandon();
-            }
-            if let Some(container) = task.container() {
-                container.destroy().await;
-            }
-            if let Err(error) = self.journal.record(Entry::Removed(task.id.clone())) {
-                log::warn!(
-                    "container {}: write its removal to the journal: {error}",
-                    task.id
-                );
-            }
-        }
-        // All containers are gone: so are the writers that loggers read from.
-        let streams: Vec<_> = tasks
-            .iter()
-            .flat_map(|task| task.execs().into_iter().chain([task.init.clone()]))
-            .filter_map(|process| process.streams())
-            .collect();
-        futures::future::join_all(streams.iter().map(|streams| streams.end_logger())).await;
-    }
-
-    /// Ends the sandbox, if there ever was one.
-    pub async fn stop_sandbox(&self) {
-        if let Ok(sandbox) = &self.sandbox {
-            sandbox.stop().await;
-        }
     }
 }
 

@@ -315,6 +315,9 @@ fn stage(
         };
         entries.push((name.clone(), tree));
     }
+    if let Some(shared) = &pod.shared {
+        shared.add(spec, &pod.staging, &mut launch.plan, &mut entries)?;
+    }
     pod.staging
         .attach(directory, &entries)
         .step("stage mounts of", &request.id)?;

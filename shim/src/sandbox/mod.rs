@@ -6,6 +6,7 @@ mod container;
 mod forker;
 mod hooks;
 mod namespaces;
+mod shared;
 mod users;
 mod verify;
 
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use casemate_cgroup::{Cgroup, Hierarchy};
+use casemate_cgroup::{Cgroup, Hierarchy, Stats};
 use casemate_spec::{Config, Context, Tightened};
 use rustix::event::PollFlags;
 use tokio::io::Interest;
@@ -31,6 +32,8 @@ use crate::plan;
 
 pub use container::Container;
 pub use hooks::after_death;
+pub use shared::Files;
+use shared::Shared;
 
 /// What went wrong while an effect was made: step, object, reason, way out.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +71,25 @@ pub struct PodRequest {
     pub pod_id: String,
     /// Bundle of the pod (where the journal lives).
     pub bundle: PathBuf,
+    /// What the pod is made by.
+    pub origin: Origin,
+}
+
+/// What says how a pod is made.
+pub enum Origin {
+    /// `config.json` in its bundle: that of CRI's sandbox container, or of the
+    /// only container.
+    Bundle,
+    /// The sandbox API: a document of the same form, and the files that
+    /// containerd leaves to whoever makes the sandbox.
+    Given {
+        /// An OCI configuration.
+        document: Vec<u8>,
+        /// Shown to every container.
+        files: Files,
+        /// The cgroup above that of the document is this pod's alone.
+        has_parent: bool,
+    },
 }
 
 /// One entry of containerd's rootfs mount list.
@@ -147,15 +169,25 @@ pub struct Sandbox {
     userns: OwnedFd,
     agent: Agent,
     cgroup: Cgroup,
+    /// The cgroup above is the pod's alone.
+    has_parent: bool,
     landlock: bool,
     /// Runs hooks on the host, where the configuration allows any.
     runner: Option<Arc<Runner>>,
+    /// Files and memory that the pod's containers share, where they are ours to
+    /// give.
+    shared: Option<Shared>,
     /// Names staging directories; ids of containers aren't file names we chose.
     next: Mutex<u32>,
 }
 
 /// Environment variable with another path for config.toml.
 const CONFIG_VARIABLE: &str = "CASEMATE_CONFIG";
+
+/// Whether the node's configuration has the sandbox API on.
+pub fn has_api() -> Result<bool, SandboxError> {
+    read_config().map(|config| config.sandbox.api)
+}
 
 fn read_config() -> Result<Config, SandboxError> {
     let path = std::env::var_os(CONFIG_VARIABLE).map_or_else(
@@ -168,8 +200,12 @@ fn read_config() -> Result<Config, SandboxError> {
 fn read_spec(bundle: &Path, id: &str, config: &Config) -> Result<Tightened, SandboxError> {
     let path = bundle.join("config.json");
     let bytes = std::fs::read(&path).step("read", path.display().to_string())?;
+    tightened(&bytes, id, config)
+}
+
+fn tightened(bytes: &[u8], id: &str, config: &Config) -> Result<Tightened, SandboxError> {
     let invalid = |e: String| SandboxError::Invalid(e);
-    let loaded = casemate_spec::load(&bytes).map_err(|e| invalid(e.to_string()))?;
+    let loaded = casemate_spec::load(bytes).map_err(|e| invalid(e.to_string()))?;
     let devices = dev::at(&config.devices.allow);
     let context = Context {
         id,
@@ -203,11 +239,24 @@ fn landlock(config: &Config) -> Result<bool, SandboxError> {
 
 impl Sandbox {
     /// Makes the pod: id range, namespaces, agent. Blocks for a few
-    /// milliseconds; called once, before the server accepts.
+    /// milliseconds; called once, before the first container.
     pub fn start(request: PodRequest) -> Result<Arc<Sandbox>, SandboxError> {
         let config = read_config()?;
         crate::log::set_level(config.log.level);
-        let spec = read_spec(&request.bundle, &request.pod_id, &config)?;
+        let (spec, files, has_parent) = match request.origin {
+            Origin::Bundle => {
+                let spec = read_spec(&request.bundle, &request.pod_id, &config)?;
+                (spec, None, false)
+            }
+            Origin::Given {
+                document,
+                files,
+                has_parent,
+            } => {
+                let spec = tightened(&document, &request.pod_id, &config)?;
+                (spec, Some(files), has_parent)
+            }
+        };
         let journal = Journal::open(&request.bundle)
             .step("open the journal in", request.bundle.display().to_string())?;
         let landlock = landlock(&config)?;
@@ -228,6 +277,9 @@ impl Sandbox {
             &sysctls,
         )?;
         let staging = Staging::new()?;
+        let shared = files
+            .map(|files| Shared::make(&files, &staging, range.container_root()))
+            .transpose()?;
 
         let hierarchy = Hierarchy::detect().map_err(cgroup_error)?;
         let place = agent_place(&spec.cgroups_path, &request.pod_id);
@@ -261,7 +313,10 @@ impl Sandbox {
         let (agent, userns) = match made {
             Ok(made) => made,
             Err(e) => {
-                let _ = cgroup.remove(std::time::Duration::from_millis(200));
+                let gone = cgroup.remove(std::time::Duration::from_millis(200));
+                if gone.is_ok() {
+                    let _ = record(&journal, Entry::Removed(String::new()));
+                }
                 return Err(e);
             }
         };
@@ -284,8 +339,10 @@ impl Sandbox {
             userns,
             agent,
             cgroup,
+            has_parent,
             landlock,
             runner,
+            shared,
             next: Mutex::new(0),
         }))
     }
@@ -298,6 +355,20 @@ impl Sandbox {
     /// The agent's own cgroup.
     pub fn cgroup(&self) -> &Cgroup {
         &self.cgroup
+    }
+
+    /// Numbers of the pod: of the cgroup around agent and containers where that
+    /// is the pod's alone, else of the agent's own.
+    pub fn stats(&self) -> Result<Stats, SandboxError> {
+        if !self.has_parent {
+            return self.cgroup.stats().map_err(cgroup_error);
+        }
+        let leaves = self.cgroup.dirs().iter().filter(|dir| is_agents(dir));
+        let parents: Vec<PathBuf> = leaves
+            .filter_map(|dir| dir.parent())
+            .map(Path::to_owned)
+            .collect();
+        Cgroup::open(&parents).stats().map_err(cgroup_error)
     }
 
     /// Resolves when the agent has gone (the pod is lost, or was stopped).
@@ -383,5 +454,14 @@ fn cgroup_error(error: casemate_cgroup::CgroupError) -> SandboxError {
 /// parent: the pod's limits cover it, no container's do.
 fn agent_place(container: &str, pod_id: &str) -> String {
     let parent = container.rsplit_once('/').map_or("", |(parent, _)| parent);
-    format!("{parent}/casemate-{pod_id}")
+    format!("{parent}/{AGENTS}{pod_id}")
+}
+
+/// What the agent's cgroup starts with.
+const AGENTS: &str = "casemate-";
+
+/// Whether this is the agent's leaf, and not a directory on the way to it.
+fn is_agents(dir: &Path) -> bool {
+    dir.file_name()
+        .is_some_and(|name| name.to_string_lossy().starts_with(AGENTS))
 }

@@ -54,6 +54,9 @@ pub fn init(pid: u32, root: u32, spec: &ProcessSpec, cgroup: &Cgroup) -> Result<
 /// v1 ones has no cheap way in and is left out.
 fn inside(places: &str, dirs: &[PathBuf]) -> bool {
     let mut seen = false;
+    // A parent that had to be made is in the list too.
+    let is_leaf = |dir: &&PathBuf| !dirs.iter().any(|d| d != *dir && d.starts_with(dir));
+    let dirs: Vec<&PathBuf> = dirs.iter().filter(is_leaf).collect();
     for line in places.lines() {
         let mut fields = line.splitn(3, ':');
         let (Some(_), Some(names), Some(path)) = (fields.next(), fields.next(), fields.next())
@@ -65,7 +68,7 @@ fn inside(places: &str, dirs: &[PathBuf]) -> bool {
             .split(',')
             .map(|n| n.trim_start_matches("name="))
             .collect();
-        for dir in dirs {
+        for dir in &dirs {
             // /sys/fs/cgroup/NAMES/… on v1; on v2 there is one directory alone.
             let hierarchy = dir
                 .iter()
@@ -194,6 +197,17 @@ mod tests {
         ] {
             assert!(!inside(elsewhere, &dirs), "{elsewhere:?}");
         }
+        let with_parents = [
+            "/sys/fs/cgroup/memory/d",
+            "/sys/fs/cgroup/memory/d/x",
+            "/sys/fs/cgroup/cpu,cpuacct/d/x",
+        ]
+        .map(std::path::PathBuf::from);
+        assert!(inside("4:memory:/d/x\n3:cpu,cpuacct:/d/x\n", &with_parents));
+        assert!(!inside("4:memory:/d\n3:cpu,cpuacct:/d/x\n", &with_parents));
+        let v2 = ["/sys/fs/cgroup/d", "/sys/fs/cgroup/d/x"].map(std::path::PathBuf::from);
+        assert!(inside("0::/d/x\n", &v2));
+        assert!(!inside("0::/d\n", &v2));
         let v2 = [std::path::PathBuf::from("/sys/fs/cgroup/d/x")];
         assert!(inside("0::/d/x\n", &v2));
         assert!(!inside("0::/\n", &v2));

@@ -48,7 +48,7 @@ pub async fn create(
         ShimError::InvalidArgument(format!("create container {:?}: {error}", request.id))
     })?;
     // Before the work: a pod that can't be is refused at once.
-    let sandbox = pod.sandbox()?.clone();
+    let sandbox = pod.sandbox()?;
     write_down(&pod, &request.id, &bundle)?;
     let paths = paths(&request);
 

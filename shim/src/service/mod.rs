@@ -1,5 +1,5 @@
 //! The task service: `containerd.task.v2.Task` and `containerd.task.v3.Task`,
-//! whose messages are the same.
+//! whose messages are the same; and the sandbox service.
 //!
 //! ttrpc drops a handler's future when the client's deadline passes or its
 //! connection closes. So whatever changes something runs in a task of its own
@@ -8,6 +8,7 @@
 mod control;
 mod inspect;
 mod lifecycle;
+mod sandbox;
 mod stats;
 
 use std::collections::HashMap;
@@ -27,19 +28,22 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::error::ShimError;
 use crate::pod::Pod;
+use crate::sandbox::SandboxError;
 
 #[derive(Clone)]
 struct Tasks {
     pod: Arc<Pod>,
 }
 
-/// Both names of the service.
-pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
-    let tasks = Arc::new(Tasks { pod });
+/// The task service by both names, and the sandbox service, which answers as
+/// `api` says: on, off, or a configuration that can't be read.
+pub fn services(pod: Arc<Pod>, api: Result<bool, SandboxError>) -> HashMap<String, Service> {
+    let tasks = Arc::new(Tasks { pod: pod.clone() });
     let mut services = create_task(tasks.clone());
     for (_, service) in create_task(tasks) {
         services.insert("containerd.task.v2.Task".to_owned(), service);
     }
+    services.extend(sandbox::services(pod, api));
     services
 }
 

@@ -26,7 +26,8 @@ pub fn stats(pod: &Pod, request: &StatsRequest) -> Result<StatsResponse, ShimErr
     })
 }
 
-fn pack(stats: &Stats) -> protobuf::Result<Any> {
+/// Numbers as one of containerd's two messages.
+pub fn pack(stats: &Stats) -> protobuf::Result<Any> {
     let (type_url, value) = match stats {
         Stats::V1(stats) => (
             "io.containerd.cgroups.v1.Metrics",

@@ -27,6 +27,8 @@ mod loggers;
 mod oci;
 mod pause;
 mod sandbox;
+mod sandbox_api;
+mod sandbox_api_containers;
 mod signals;
 mod stdio;
 mod terminal;
@@ -63,6 +65,8 @@ fn main() -> ExitCode {
         daemon::trials(),
         oci::trials(),
         sandbox::trials(),
+        sandbox_api::trials(),
+        sandbox_api_containers::trials(),
         trees::trials(),
         limits::trials(),
         locks::trials(),
