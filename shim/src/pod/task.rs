@@ -350,6 +350,10 @@ impl Task {
                 ),
             }
         }
+        // A kill of the whole group takes the forker along, and no exit comes.
+        if let Some(oom) = &oom {
+            oom.check();
+        }
         self.abandon();
         self.drained.send_replace(true);
         if let Some(watching) = watching {
