@@ -10,6 +10,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use crate::error::CgroupError;
 use crate::files;
 use crate::hierarchy::{self, Hierarchy, Kind, Mount};
+use crate::scope::Scope;
 
 /// The controllers of version 2 that limits and numbers here come from.
 const V2_CONTROLLERS: [&str; 7] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids", "rdma"];
@@ -35,6 +36,8 @@ pub struct Cgroup {
     /// Why controllers of version 2 couldn't be enabled on the way down; told
     /// only when a limit needs one of them.
     pub(crate) not_enabled: Vec<String>,
+    /// The scope of systemd's that this is.
+    scope: Option<Scope>,
 }
 
 /// The cgroup in one hierarchy.
@@ -69,17 +72,37 @@ impl Cgroup {
             made: Vec::new(),
             leaves: Vec::new(),
             not_enabled: Vec::new(),
+            scope: None,
         };
+        cgroup.create_all(h, &relative)?;
+        Ok(cgroup)
+    }
+
+    /// Makes what systemd didn't make of a scope that it has just started: on
+    /// version 1 it has no part in some hierarchies, and controllers that it
+    /// doesn't know are enabled here. The rest is as in [`Cgroup::create`].
+    pub fn complete(h: &Hierarchy, scope: &Scope) -> Result<Cgroup, CgroupError> {
+        let mut cgroup = Cgroup {
+            made: Vec::new(),
+            leaves: Vec::new(),
+            not_enabled: Vec::new(),
+            scope: Some(scope.clone()),
+        };
+        cgroup.create_all(h, &scope.path())?;
+        Ok(cgroup)
+    }
+
+    fn create_all(&mut self, h: &Hierarchy, relative: &Path) -> Result<(), CgroupError> {
         for mount in h.mounts() {
-            if let Err(error) = cgroup.create_in(mount, &relative) {
+            if let Err(error) = self.create_in(mount, relative) {
                 // Nothing can be in there yet, so one try is enough.
-                if let Err(e) = cgroup.remove(std::time::Duration::ZERO) {
+                if let Err(e) = self.remove(std::time::Duration::ZERO) {
                     log::warn!("take back a half-made cgroup: {e}");
                 }
                 return Err(error);
             }
         }
-        Ok(cgroup)
+        Ok(())
     }
 
     fn create_in(&mut self, mount: &Mount, relative: &Path) -> Result<(), CgroupError> {
@@ -96,7 +119,10 @@ impl Cgroup {
                         }
                     }
                     Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                        if *dir == leaf {
+                        if *dir == leaf && self.scope.is_some() {
+                            // Ours since systemd made it for us.
+                            self.made.push(leaf.clone());
+                        } else if *dir == leaf {
                             return Err(CgroupError::Exists { dir: dir.clone() });
                         }
                     }
@@ -161,6 +187,7 @@ impl Cgroup {
             made: Vec::new(),
             leaves: Vec::new(),
             not_enabled: Vec::new(),
+            scope: None,
         };
         let hierarchy = match Hierarchy::detect() {
             Ok(hierarchy) => hierarchy,
@@ -239,8 +266,18 @@ impl Cgroup {
         &self.made
     }
 
+    /// The scope that this is, if systemd made it.
+    pub fn scope(&self) -> Option<&Scope> {
+        self.scope.as_ref()
+    }
+
+    /// The directory in each hierarchy.
+    pub fn leaf_dirs(&self) -> impl Iterator<Item = &Path> {
+        self.leaves.iter().map(|l| l.dir.as_path())
+    }
+
     /// Whether only the unified hierarchy is in use.
-    pub(crate) fn is_v2(&self) -> bool {
+    pub fn is_v2(&self) -> bool {
         self.leaves.iter().all(|l| l.kind == Kind::Unified)
     }
 

@@ -80,13 +80,16 @@ impl fmt::Display for Rule {
             number(self.set.major),
             number(self.set.minor)
         )?;
-        for (bit, letter) in [(READ, 'r'), (WRITE, 'w'), (MKNOD, 'm')] {
-            if self.access & bit != 0 {
-                write!(f, "{letter}")?;
-            }
-        }
-        Ok(())
+        f.write_str(&letters(self.access))
     }
+}
+
+fn letters(access: u8) -> String {
+    [(READ, 'r'), (WRITE, 'w'), (MKNOD, 'm')]
+        .into_iter()
+        .filter(|(bit, _)| access & bit != 0)
+        .map(|(_, letter)| letter)
+        .collect()
 }
 
 /// Checks the rules of `linux.resources.devices`.
@@ -186,6 +189,36 @@ impl Write {
 /// earlier one can't be had. Type `a` makes it ignore numbers and access, so
 /// such a rule is written as one for `b` and one for `c`.
 pub(crate) fn v1_writes(rules: &[Rule]) -> Result<Vec<Write>, CgroupError> {
+    v1_state(rules).map(|(writes, _, _)| writes)
+}
+
+/// Some devices that are allowed, where the default is that none are.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Allowed {
+    pub(crate) block: bool,
+    pub(crate) major: Option<u32>,
+    pub(crate) minor: Option<u32>,
+    /// Letters of `rwm`.
+    pub(crate) access: String,
+}
+
+/// What the rules allow in the end; `None` if that is all but something, or
+/// can't be said on version 1.
+pub(crate) fn allowed(rules: &[Rule]) -> Option<Vec<Allowed>> {
+    let (_, default, exceptions) = v1_state(rules).ok()?;
+    let allowed = exceptions.into_iter().map(|(set, access)| Allowed {
+        block: set.typ == Some(Type::Block),
+        major: set.major,
+        minor: set.minor,
+        access: letters(access),
+    });
+    (!default).then(|| allowed.collect())
+}
+
+/// The writes, the default after them, and the exceptions from it.
+type State = (Vec<Write>, bool, Vec<(Set, u8)>);
+
+fn v1_state(rules: &[Rule]) -> Result<State, CgroupError> {
     let deny_all = Rule {
         allow: false,
         set: Set::EVERY,
@@ -252,7 +285,7 @@ pub(crate) fn v1_writes(rules: &[Rule]) -> Result<Vec<Write>, CgroupError> {
             exceptions.retain(|(_, access)| *access != 0);
         }
     }
-    Ok(writes)
+    Ok((writes, default, exceptions))
 }
 
 // Registers: the context, and what the program takes out of it.

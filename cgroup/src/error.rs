@@ -19,13 +19,19 @@ pub enum CgroupError {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// `linux.cgroupsPath` has the form `slice:prefix:name`.
+    /// systemd didn't do what it was asked for.
     #[error(
-        "systemd cgroup driver (linux.cgroupsPath = {path:?}) is not supported yet: set SystemdCgroup = false in the runtime's options and cgroupDriver: cgroupfs in the kubelet's configuration"
+        "{step} scope {unit:?} in {slice:?}: systemd: {reason}: look at systemctl status and the journal of the host"
     )]
-    SystemdDriver {
-        /// The field's value.
-        path: String,
+    Systemd {
+        /// What was asked for.
+        step: &'static str,
+        /// Of which scope.
+        unit: String,
+        /// In which slice.
+        slice: String,
+        /// systemd's reason, or what we didn't hear.
+        reason: String,
     },
     /// The leaf is there already: it may be another container's.
     #[error(

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD};
 
 use crate::error::CgroupError;
+use crate::scope::Scope;
 
 /// The controllers of version 1 by the names that mountinfo's super options
 /// use (cgroups(7)); other words there (`rw`, `xattr`, ...) are mount options.
@@ -130,6 +131,29 @@ impl Hierarchy {
         Ok(dirs)
     }
 
+    /// The leaf of `path` in every hierarchy; that somebody else has one there
+    /// is an error as in [`Hierarchy::dirs`].
+    pub fn leaves(&self, path: &str) -> Result<Vec<PathBuf>, CgroupError> {
+        let relative = relative(path)?;
+        let leaves = self.mounts.iter().map(|m| m.point.join(&relative));
+        leaves
+            .map(|leaf| match leaf.symlink_metadata() {
+                Ok(_) => Err(CgroupError::Exists { dir: leaf }),
+                Err(_) => Ok(leaf),
+            })
+            .collect()
+    }
+
+    /// What [`crate::Cgroup::complete`] will make for `scope`, once systemd has
+    /// made its part, besides the leaves.
+    pub fn missing(&self, scope: &Scope) -> Vec<PathBuf> {
+        let relative = scope.path();
+        let mounts = self.mounts.iter();
+        mounts
+            .flat_map(|m| missing_parents(&m.point, &relative))
+            .collect()
+    }
+
     pub(crate) fn mounts(&self) -> &[Mount] {
         &self.mounts
     }
@@ -160,18 +184,15 @@ pub(crate) fn missing_parents(point: &Path, relative: &Path) -> Vec<PathBuf> {
 }
 
 /// Checks a `linux.cgroupsPath` and makes it relative to a hierarchy's root
-/// (OCI runtime-spec, config-linux.md, "Cgroups Path").
+/// (OCI runtime-spec, config-linux.md, "Cgroups Path"). One in systemd's form
+/// lies where systemd would put its scope.
 pub(crate) fn relative(path: &str) -> Result<PathBuf, CgroupError> {
     let refuse = |reason| CgroupError::Path {
         path: path.to_owned(),
         reason,
     };
-    let systemd_form =
-        path.matches(':').count() == 2 && path.split(':').next().is_some_and(|s| !s.contains('/'));
-    if systemd_form {
-        return Err(CgroupError::SystemdDriver {
-            path: path.to_owned(),
-        });
+    if let Some(scope) = Scope::parse(path)? {
+        return Ok(scope.path());
     }
     if path.contains('\0') {
         return Err(refuse("holds a NUL byte"));
@@ -362,10 +383,9 @@ garbage
         assert!(relative(&"x".repeat(300)).is_err());
         // A colon alone isn't systemd's form.
         assert!(relative("/k8s/cri-containerd:abc").is_ok());
-        let error = relative("kubepods-pod1.slice:cri-containerd:abc").unwrap_err();
         assert_eq!(
-            error.to_string(),
-            "systemd cgroup driver (linux.cgroupsPath = \"kubepods-pod1.slice:cri-containerd:abc\") is not supported yet: set SystemdCgroup = false in the runtime's options and cgroupDriver: cgroupfs in the kubelet's configuration"
+            relative("kubepods-pod1.slice:cri-containerd:abc").unwrap(),
+            Path::new("kubepods.slice/kubepods-pod1.slice/cri-containerd-abc.scope")
         );
     }
 

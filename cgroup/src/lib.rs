@@ -1,6 +1,7 @@
 //! Control groups from the host's side: create, limit, attach, measure, kill,
 //! remove; version 1 (with or without the unified hierarchy beside it) and
-//! version 2, both through the file system.
+//! version 2, both through the file system, and with systemd's consent where it
+//! runs and is asked for ([`systemd`]).
 //!
 //! Nothing here ever writes to `cgroup.procs`: that takes the kernel's
 //! `cgroup_threadgroup_rwsem` and waits for an RCU grace period, milliseconds
@@ -18,8 +19,10 @@ mod hierarchy;
 mod kill;
 mod oom;
 mod remove;
+mod scope;
 mod stats;
 mod stats_read;
+pub mod systemd;
 
 #[cfg(test)]
 mod tests;
@@ -28,4 +31,5 @@ pub use cgroup::{Attach, Cgroup};
 pub use error::CgroupError;
 pub use hierarchy::Hierarchy;
 pub use oom::OomWatch;
+pub use scope::Scope;
 pub use stats::*;

@@ -26,6 +26,10 @@ pub struct OomWatch {
     counter: PathBuf,
     /// How many have been told.
     told: AtomicU64,
+    /// The same of the parent, which counts what happens below it too, as of
+    /// the last look. Version 2 with systemd: it removes a scope as soon as it is
+    /// empty, and with `memory.oom.group` one kill empties it.
+    above: Option<(PathBuf, AtomicU64)>,
     v1: bool,
 }
 
@@ -35,7 +39,7 @@ impl Cgroup {
     /// Version 2: inotify on `memory.events`.
     pub fn oom_watch(&self) -> Result<OomWatch, CgroupError> {
         if self.is_v2() {
-            return watch_v2(&self.first()?.dir);
+            return watch_v2(&self.first()?.dir, self.scope().is_some());
         }
         let dir = self
             .v1("memory")
@@ -74,11 +78,12 @@ fn watch_v1(dir: &Path) -> Result<OomWatch, CgroupError> {
         fd: event,
         counter,
         told: AtomicU64::new(told),
+        above: None,
         v1: true,
     })
 }
 
-fn watch_v2(dir: &Path) -> Result<OomWatch, CgroupError> {
+fn watch_v2(dir: &Path, may_vanish: bool) -> Result<OomWatch, CgroupError> {
     let counter = dir.join("memory.events");
     if !counter.exists() {
         return Err(no_memory(format!(
@@ -92,10 +97,21 @@ fn watch_v2(dir: &Path) -> Result<OomWatch, CgroupError> {
         .map_err(error)?;
     inotify::add_watch(&fd, &counter, inotify::WatchFlags::MODIFY).map_err(error)?;
     let told = count(&counter);
+    let mut above = None;
+    if let Some(parent) = dir.parent().filter(|_| may_vanish) {
+        let file = parent.join("memory.events");
+        // So that a sibling's kill is seen when it happens, and not taken for
+        // this cgroup's later. In the root there is no such file, nor is it needed.
+        if inotify::add_watch(&fd, &file, inotify::WatchFlags::MODIFY).is_ok() {
+            let now = AtomicU64::new(count(&file));
+            above = Some((file, now));
+        }
+    }
     Ok(OomWatch {
         fd,
         counter,
         told: AtomicU64::new(told),
+        above,
         v1: false,
     })
 }
@@ -127,8 +143,9 @@ impl OomWatch {
                 // Version 1 before Linux 4.13 doesn't count.
                 Ok(None) => return self.v1 && woken,
                 // Removed: that signals the eventfd too.
-                Err(_) => return false,
+                Err(_) => return self.counted_above(),
             };
+            self.counted_above();
             if now > self.told.swap(now, Ordering::Relaxed) {
                 return true;
             }
@@ -137,6 +154,17 @@ impl OomWatch {
             }
         }
         false
+    }
+}
+
+impl OomWatch {
+    /// Whether the parent has counted a kill since the last look, a moment ago.
+    /// It may be a sibling's, so it says something only if this cgroup is gone.
+    fn counted_above(&self) -> bool {
+        self.above.as_ref().is_some_and(|(file, seen)| {
+            let now = count(file);
+            now > seen.swap(now, Ordering::Relaxed)
+        })
     }
 }
 

@@ -36,7 +36,7 @@ fn name(what: &str) -> String {
     format!("/casemate-test-{}-{n}-{what}", std::process::id())
 }
 
-fn resources(json: &str) -> LinuxResources {
+pub(crate) fn resources(json: &str) -> LinuxResources {
     #[derive(serde::Deserialize)]
     struct Spec {
         resources: LinuxResources,
@@ -45,7 +45,7 @@ fn resources(json: &str) -> LinuxResources {
     serde_json::from_str::<Spec>(&text).unwrap().resources
 }
 
-fn rules(json: &str) -> LinuxResources {
+pub(crate) fn rules(json: &str) -> LinuxResources {
     let mut r = LinuxResources::default();
     let rules: Vec<LinuxDeviceCgroup> = serde_json::from_str(json).unwrap();
     r.set_devices(Some(rules));

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use casemate_cgroup::Cgroup;
+use casemate_cgroup::{Cgroup, Scope, systemd};
 use containerd_shim_protos::api::{ConnectRequest, DeleteResponse};
 use protobuf::{Message, MessageField};
 use rustix::mount::UnmountFlags;
@@ -19,6 +19,7 @@ use super::flags::Flags;
 use super::journal::{self, Entry, Journal};
 use super::proc;
 use crate::events::timestamp;
+use crate::host::scope::STOP_WITHIN;
 
 /// In every other container's bundle, a symbolic link to the pod's bundle.
 pub const POD_LINK: &str = "casemate.pod";
@@ -78,6 +79,7 @@ struct Facts {
 #[derive(Debug, Default)]
 struct Container {
     cgroups: Vec<PathBuf>,
+    scope: Option<(String, String)>,
     loggers: Vec<(u32, u64)>,
     bundle: Option<PathBuf>,
     exit: Option<(u32, u64, u32)>,
@@ -97,6 +99,14 @@ impl Facts {
                     facts.removed.remove(&container);
                     let known = &mut facts.containers.entry(container).or_default().cgroups;
                     known.extend(dirs);
+                }
+                Entry::Scope {
+                    container,
+                    slice,
+                    unit,
+                } => {
+                    let known = facts.containers.entry(container).or_default();
+                    known.scope = Some((slice, unit));
                 }
                 Entry::Container { id, bundle } => {
                     // The id may be used again after a removal: its old exit
@@ -227,6 +237,12 @@ fn kill_cgroups(id: &str, container: &Container) {
     }
     if let Err(error) = cgroup.remove(KILL_WITHIN) {
         warn(&format!("remove the cgroup of container {id}: {error}"));
+    }
+    let scope = container.scope.as_ref();
+    if let Some(Ok(scope)) = scope.map(|(slice, unit)| Scope::named(slice, unit))
+        && let Err(error) = systemd::stop(&scope, STOP_WITHIN)
+    {
+        warn(&error.to_string());
     }
 }
 

@@ -63,7 +63,7 @@ fn features() -> serde_json::Value {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
             "capabilities": casemate_spec::caps::NAMES.as_slice(),
             "cgroup": {
-                "v1": true, "v2": true, "systemd": false, "systemdUser": false, "rdma": false
+                "v1": true, "v2": true, "systemd": true, "systemdUser": false, "rdma": false
             },
             "seccomp": {
                 "enabled": true,

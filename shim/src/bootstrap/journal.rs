@@ -38,6 +38,15 @@ pub enum Entry {
         /// One directory per hierarchy (one alone on cgroup v2).
         dirs: Vec<PathBuf>,
     },
+    /// A scope of systemd's of one container, about to be asked for.
+    Scope {
+        /// Container id.
+        container: String,
+        /// The slice it is in.
+        slice: String,
+        /// Its name.
+        unit: String,
+    },
     /// The agent process of the pod.
     Agent {
         /// Host pid.
@@ -172,6 +181,11 @@ mod tests {
             },
             Entry::exit("a", 137, UNIX_EPOCH + Duration::from_nanos(5), 12),
             Entry::Removed("a".into()),
+            Entry::Scope {
+                container: "a".into(),
+                slice: "p.slice".into(),
+                unit: "c-a.scope".into(),
+            },
         ]
     }
 
@@ -219,6 +233,7 @@ mod tests {
                 r#"{"logger":{"container":"a","pid":9,"start_time":101}}"#,
                 r#"{"exit":{"container":"a","status":137,"at":5,"pid":12}}"#,
                 r#"{"removed":"a"}"#,
+                r#"{"scope":{"container":"a","slice":"p.slice","unit":"c-a.scope"}}"#,
             ]
         );
     }

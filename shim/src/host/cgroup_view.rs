@@ -12,7 +12,7 @@ use crate::sandbox::SandboxError;
 /// Read-only views of the container's own cgroup, one for each v1 controller.
 pub fn each(cgroup: &Cgroup) -> Result<Vec<(String, OwnedFd)>, SandboxError> {
     let mut views = Vec::new();
-    for dir in cgroup.dirs() {
+    for dir in cgroup.leaf_dirs() {
         let Ok(relative) = dir.strip_prefix("/sys/fs/cgroup") else {
             continue;
         };

@@ -10,6 +10,7 @@ pub mod ids;
 pub mod lockdown;
 pub mod network;
 pub mod rootfs;
+pub mod scope;
 pub mod staging;
 pub mod userns;
 pub mod users;

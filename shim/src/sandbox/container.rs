@@ -20,9 +20,10 @@ use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-use super::{hooks, namespaces, users, verify};
+use super::{hooks, namespaces, place, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::hooks::Runner;
+use crate::host::scope::Holder;
 use crate::host::staging::Staging;
 use crate::host::{Step, bind, cgroup_view, dev, rootfs};
 use crate::plan::{self, Staged};
@@ -78,16 +79,7 @@ async fn clean(cgroup: &Cgroup, staging: &Staging, directory: &str) {
     if let Err(e) = staging.remove(directory) {
         log::warn!("detach mounts of a container: {e}");
     }
-    // The last exit is on its way; its cgroup is busy until then.
-    for wait in [1u64, 1, 2, 4, 8, 16, 32, 64, 128, 256, 256, 256] {
-        match cgroup.remove(Duration::ZERO) {
-            Ok(()) => return,
-            Err(_) => tokio::time::sleep(Duration::from_millis(wait)).await,
-        }
-    }
-    if let Err(e) = cgroup.remove(Duration::ZERO) {
-        log::error!("remove the cgroup of a container: {e}");
-    }
+    place::remove(cgroup).await;
 }
 
 pub(super) async fn create(
@@ -107,24 +99,20 @@ pub(super) async fn create(
         next.to_string()
     };
     // The journal has the container and its bundle by now.
-    let dirs = pod
-        .hierarchy
-        .dirs(&spec.cgroups_path)
-        .map_err(cgroup_error)?;
-    record(
+    let begun = place::begin(
+        &pod.hierarchy,
         &pod.journal,
-        Entry::Cgroup {
-            container: request.id.clone(),
-            dirs,
-        },
+        &request.id,
+        &spec.cgroups_path,
+        spec.resources.as_ref(),
     )?;
-    let cgroup = Cgroup::create(&pod.hierarchy, &spec.cgroups_path).map_err(cgroup_error)?;
+    let (cgroup, holder) = begun.finish().await?;
     let undo = Undo {
         cgroup: &cgroup,
         staging: &pod.staging,
         directory: &directory,
     };
-    match launch(pod, &request, &spec, &filter, &cgroup, &directory).await {
+    match launch(pod, &request, &spec, &filter, &cgroup, holder, &directory).await {
         Ok(launched) => {
             let (forker, forker_pid, forker_pidfd, spawned) = launched;
             let init = spawned.pidfd.try_clone().step("copy", "pidfd")?;
@@ -176,6 +164,7 @@ async fn launch(
     spec: &Tightened,
     filter: &(Vec<u8>, u32),
     cgroup: &Cgroup,
+    holder: Option<Holder>,
     directory: &str,
 ) -> Result<Launched, SandboxError> {
     if let Some(resources) = &spec.resources {
@@ -224,6 +213,8 @@ async fn launch(
         let pid = verify::child(&reply.waiting()?, pod.agent.pid)?.ok_or_else(ended)?;
         reply = hooks::before_root(pod, request, spec, &forker, pid).await?;
     }
+    // Its place in the cgroup is the forker's now.
+    drop(holder);
     let Reply::Ready(forker_pidfd, early) = reply else {
         return Err(out_of_turn());
     };

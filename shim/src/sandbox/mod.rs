@@ -6,6 +6,7 @@ mod container;
 mod forker;
 mod hooks;
 mod namespaces;
+mod place;
 mod shared;
 mod users;
 mod verify;
@@ -32,6 +33,7 @@ use crate::plan;
 
 pub use container::Container;
 pub use hooks::after_death;
+pub use place::keep_limits;
 pub use shared::Files;
 use shared::Shared;
 
@@ -282,16 +284,9 @@ impl Sandbox {
             .transpose()?;
 
         let hierarchy = Hierarchy::detect().map_err(cgroup_error)?;
-        let place = agent_place(&spec.cgroups_path, &request.pod_id);
-        let dirs = hierarchy.dirs(&place).map_err(cgroup_error)?;
-        record(
-            &journal,
-            Entry::Cgroup {
-                container: String::new(),
-                dirs,
-            },
-        )?;
-        let cgroup = Cgroup::create(&hierarchy, &place).map_err(cgroup_error)?;
+        let path = place::agent_place(&spec.cgroups_path, &request.pod_id);
+        let begun = place::begin(&hierarchy, &journal, "", &path, None)?;
+        let (cgroup, holder) = begun.finish_now()?;
         let shim = std::env::current_exe().step("find", "the shim's own binary")?;
         let binary = config.sandbox.agent_path(&shim);
         let made = agent::start(&binary, &range, &network, &staging, &cgroup).and_then(|agent| {
@@ -310,6 +305,8 @@ impl Sandbox {
                 }
             }
         });
+        // The agent was born in there, or there is none.
+        drop(holder);
         let (agent, userns) = match made {
             Ok(made) => made,
             Err(e) => {
@@ -363,9 +360,9 @@ impl Sandbox {
         if !self.has_parent {
             return self.cgroup.stats().map_err(cgroup_error);
         }
-        let leaves = self.cgroup.dirs().iter().filter(|dir| is_agents(dir));
+        let leaves = self.cgroup.leaf_dirs();
         let parents: Vec<PathBuf> = leaves
-            .filter_map(|dir| dir.parent())
+            .filter_map(Path::parent)
             .map(Path::to_owned)
             .collect();
         Cgroup::open(&parents).stats().map_err(cgroup_error)
@@ -405,12 +402,7 @@ impl Sandbox {
         self.lost().await;
         reap(&self.agent.pidfd);
         let _ = self.cgroup.kill(KILL, &[]);
-        for _ in 0..100 {
-            if self.cgroup.remove(std::time::Duration::ZERO).is_ok() {
-                break;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
+        place::remove(&self.cgroup).await;
         let _ = record(&self.journal, Entry::Removed(String::new()));
     }
 }
@@ -448,20 +440,4 @@ fn record(journal: &Journal, entry: Entry) -> Result<(), SandboxError> {
 
 fn cgroup_error(error: casemate_cgroup::CgroupError) -> SandboxError {
     SandboxError::Failed(error.to_string())
-}
-
-/// The agent's own leaf, beside the pod's first container and below the same
-/// parent: the pod's limits cover it, no container's do.
-fn agent_place(container: &str, pod_id: &str) -> String {
-    let parent = container.rsplit_once('/').map_or("", |(parent, _)| parent);
-    format!("{parent}/{AGENTS}{pod_id}")
-}
-
-/// What the agent's cgroup starts with.
-const AGENTS: &str = "casemate-";
-
-/// Whether this is the agent's leaf, and not a directory on the way to it.
-fn is_agents(dir: &Path) -> bool {
-    dir.file_name()
-        .is_some_and(|name| name.to_string_lossy().starts_with(AGENTS))
 }

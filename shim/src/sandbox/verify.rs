@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use casemate_cgroup::Cgroup;
@@ -42,7 +42,8 @@ pub fn init(pid: u32, root: u32, spec: &ProcessSpec, cgroup: &Cgroup) -> Result<
     check(&text, root, spec)?;
     let places = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
         .map_err(|e| unseen(e.to_string()))?;
-    if inside(&places, cgroup.dirs()) {
+    let leaves: Vec<&Path> = cgroup.leaf_dirs().collect();
+    if inside(&places, &leaves, cgroup.is_v2()) {
         Ok(())
     } else {
         Err(unlike("cgroup", "another", "the container's"))
@@ -52,11 +53,8 @@ pub fn init(pid: u32, root: u32, spec: &ProcessSpec, cgroup: &Cgroup) -> Result<
 /// Whether every hierarchy that has a directory for this container shows the
 /// process there (cgroups(7), /proc/PID/cgroup). The unified hierarchy beside
 /// v1 ones has no cheap way in and is left out.
-fn inside(places: &str, dirs: &[PathBuf]) -> bool {
+fn inside(places: &str, dirs: &[&Path], v2: bool) -> bool {
     let mut seen = false;
-    // A parent that had to be made is in the list too.
-    let is_leaf = |dir: &&PathBuf| !dirs.iter().any(|d| d != *dir && d.starts_with(dir));
-    let dirs: Vec<&PathBuf> = dirs.iter().filter(is_leaf).collect();
     for line in places.lines() {
         let mut fields = line.splitn(3, ':');
         let (Some(_), Some(names), Some(path)) = (fields.next(), fields.next(), fields.next())
@@ -68,14 +66,14 @@ fn inside(places: &str, dirs: &[PathBuf]) -> bool {
             .split(',')
             .map(|n| n.trim_start_matches("name="))
             .collect();
-        for dir in &dirs {
-            // /sys/fs/cgroup/NAMES/… on v1; on v2 there is one directory alone.
+        for dir in dirs {
+            // /sys/fs/cgroup/NAMES/… on v1.
             let hierarchy = dir
                 .iter()
                 .nth(4)
                 .and_then(|c| c.to_str())
                 .unwrap_or_default();
-            let meant = if dirs.len() == 1 {
+            let meant = if v2 {
                 names == [""]
             } else {
                 names != [""] && hierarchy.split(',').any(|h| names.contains(&h))
@@ -127,6 +125,8 @@ fn check(status: &str, root: u32, spec: &ProcessSpec) -> Result<(), SandboxError
 #[cfg(test)]
 mod tests {
     use super::{check, inside};
+    use std::path::Path;
+
     use casemate_spec::{Config, Context};
 
     const LOCKED: &str = "Name:\tx\nUid:\t1001\t1001\t1001\t1001\nGid:\t1001\t1001\t1001\t1001\n\
@@ -182,10 +182,11 @@ mod tests {
             "/sys/fs/cgroup/memory/d/x",
             "/sys/fs/cgroup/cpu,cpuacct/d/x",
         ]
-        .map(Into::into);
+        .map(Path::new);
         assert!(inside(
             "4:memory:/d/x\n3:cpu,cpuacct:/d/x\n2:net_cls:/\n0::/\n",
-            &dirs
+            &dirs,
+            false
         ));
         for elsewhere in [
             "4:memory:/\n3:cpu,cpuacct:/d/x\n",
@@ -195,21 +196,10 @@ mod tests {
             "",
             "rubbish",
         ] {
-            assert!(!inside(elsewhere, &dirs), "{elsewhere:?}");
+            assert!(!inside(elsewhere, &dirs, false), "{elsewhere:?}");
         }
-        let with_parents = [
-            "/sys/fs/cgroup/memory/d",
-            "/sys/fs/cgroup/memory/d/x",
-            "/sys/fs/cgroup/cpu,cpuacct/d/x",
-        ]
-        .map(std::path::PathBuf::from);
-        assert!(inside("4:memory:/d/x\n3:cpu,cpuacct:/d/x\n", &with_parents));
-        assert!(!inside("4:memory:/d\n3:cpu,cpuacct:/d/x\n", &with_parents));
-        let v2 = ["/sys/fs/cgroup/d", "/sys/fs/cgroup/d/x"].map(std::path::PathBuf::from);
-        assert!(inside("0::/d/x\n", &v2));
-        assert!(!inside("0::/d\n", &v2));
-        let v2 = [std::path::PathBuf::from("/sys/fs/cgroup/d/x")];
-        assert!(inside("0::/d/x\n", &v2));
-        assert!(!inside("0::/\n", &v2));
+        let v2 = [Path::new("/sys/fs/cgroup/d/x")];
+        assert!(inside("0::/d/x\n", &v2, true));
+        assert!(!inside("0::/\n", &v2, true));
     }
 }

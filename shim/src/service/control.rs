@@ -146,9 +146,13 @@ pub async fn update(pod: Arc<Pod>, request: UpdateTaskRequest) -> Result<Empty, 
         // The sandbox container has no processes to limit.
         return Ok(Empty::new());
     }
-    let notes = cgroup(&task)?
+    let cgroup = cgroup(&task)?;
+    let notes = cgroup
         .apply(&resources)
         .map_err(|error| refused(&task.id, &error))?;
+    crate::sandbox::keep_limits(cgroup, &resources)
+        .await
+        .map_err(|error| ShimError::Unknown(format!("update container {:?}: {error}", task.id)))?;
     for note in notes {
         log::warn!("update container {}: {note}", task.id);
     }
