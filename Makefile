@@ -5,7 +5,7 @@
 #   make test            all tests, unit and end to end (the latter need root)
 #   make e2e T=c041      end-to-end tests whose name has this in it
 #   make e2e T=cri21     those on one containerd: cri16, cri17, cri21, cri23
-#   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2
+#   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
 #   make bench           times and memory beside runc, crun, runsc
@@ -18,7 +18,7 @@ T       ?=
 CMD     ?=
 BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
-VM_SUITES ?= bookworm sid
+VM_SUITES ?= bookworm bookworm:systemd sid sid:systemd
 
 .PHONY: help build quick check unit deny test daemons e2e e2e-older vm-test run bench dist clean
 

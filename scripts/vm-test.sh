@@ -1,7 +1,11 @@
 #!/bin/bash
-# Runs tests/vm-trials.txt inside the cloud kernels of the given Debian suites.
+# Runs trials inside the cloud kernels of the given Debian suites, with cgroup v2
+# alone: those of tests/vm-trials.txt, and for SUITE:systemd, where the suite's
+# systemd is process 1, those of tests/vm-systemd-trials.txt.
 #
-#   TARGET=DIR scripts/vm-test.sh SUITE…     DIR has our binaries; its deps/ the trials
+#   TARGET=DIR scripts/vm-test.sh SUITE[:systemd]…
+#
+# DIR has our binaries; its deps/ the trials.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 binaries=${TARGET:?}
@@ -9,14 +13,21 @@ trials=$(find "$binaries/deps" -maxdepth 1 -type f -executable -name 'e2e-*' -pr
   sort -n | tail -n 1 | cut -d' ' -f2)
 [ -n "$trials" ] || { echo "no e2e program in $binaries/deps" >&2; exit 1; }
 
-export CASEMATE_TEST_BIN_DIR=$binaries CASEMATE_TEST_LIST=$here/tests/vm-trials.txt
-export VM_COPY="$trials $here/tests/allowed-skips.txt $CASEMATE_TEST_LIST"
+export CASEMATE_TEST_BIN_DIR=$binaries
+copy="$trials $here/tests/allowed-skips.txt"
 for name in casemate casemate-agent containerd-shim-casemate-v2 probe testbed; do
-  VM_COPY+=" $binaries/$name"
+  copy+=" $binaries/$name"
 done
 failed=0
-for suite in "$@"; do
-  VM_SECONDS=${VM_SECONDS:-300} "$here/scripts/vm.sh" "$suite" sh -c 'uname -r; exec "$0"' "$trials" ||
-    failed=1
+for where in "$@"; do
+  list=$here/tests/vm-trials.txt
+  unset VM_SYSTEMD CASEMATE_TEST_SLICE
+  if [ "${where#*:}" = systemd ]; then
+    list=$here/tests/vm-systemd-trials.txt
+    export VM_SYSTEMD=1 CASEMATE_TEST_SLICE=casemate_vm-tests.slice
+  fi
+  export CASEMATE_TEST_LIST=$list VM_COPY="$copy $list"
+  VM_SECONDS=${VM_SECONDS:-300} "$here/scripts/vm.sh" "${where%%:*}" \
+    sh -c 'uname -r; cat /proc/1/comm; exec "$0"' "$trials" || failed=1
 done
 exit "$failed"

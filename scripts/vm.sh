@@ -9,6 +9,9 @@
 # directories that are wanted inside at the same place. Variables CASEMATE_* are
 # handed on. Kernels are kept in target/vm (or VM_DIR). VM_SECONDS bounds a run
 # (default 900); VM_CPUS is 1, since some kernels panic under emulation with more. The exit code is the command's.
+#
+# With VM_SYSTEMD=1 process 1 is the suite's own systemd, and the command runs in
+# a service. VM_APPEND is more for the kernel's command line.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -44,7 +47,7 @@ busybox=$(command -v busybox)
 
 # A kernel and an initramfs with the modules that lead to the root.
 kernel=$dir/$suite
-if [ ! -e "$kernel/ready" ]; then
+if [ ! -e "$kernel/ready-2" ]; then
   rm -rf "$kernel"
   mkdir -p "$kernel/root"
   debian_suites "$dir/apt-$suite" "$suite" >&2
@@ -95,16 +98,37 @@ mount --move /dev /new/dev
 mkdir -p /new/dev/pts /new/dev/shm
 mount -t devpts -o ptmxmode=666 devpts /new/dev/pts
 mount -t tmpfs tmpfs /new/dev/shm
-mount -t cgroup2 cgroup2 /new/sys/fs/cgroup || fail "no cgroup v2"
+program=$(cat /program)
+case $program in
+  # It mounts what it wants itself.
+  *systemd) ;;
+  *) mount -t cgroup2 cgroup2 /new/sys/fs/cgroup || fail "no cgroup v2" ;;
+esac
 mount -t securityfs securityfs /new/sys/kernel/security
 ifconfig lo up
 hostname casemate-vm
 cp /command /new/run/command
-exec switch_root /new /bin/bash /run/command
+exec switch_root /new $program
 INIT
   chmod +x "$tree/init"
   (cd "$tree" && find . | cpio -o -H newc --quiet | gzip -1) >"$kernel/initramfs.gz"
-  touch "$kernel/ready"
+  touch "$kernel/ready-2"
+fi
+
+# systemd with all libraries that it loads or may load.
+system=$kernel/systemd
+if [ -n "${VM_SYSTEMD:-}" ] && [ ! -e "$system/ready" ]; then
+  rm -rf "$system"
+  mkdir -p "$system/root"
+  debian_suites "$dir/apt-$suite" "$suite" >&2
+  libraries=$(debian_apt apt-cache depends --recurse --no-suggests --no-conflicts --no-breaks \
+    --no-replaces --no-enhances --no-recommends systemd | grep -E '^lib' | grep -v : | sort -u)
+  for package in systemd $libraries; do
+    debian_fetch "$package" "$suite" "$system/root" >&2
+  done
+  # Nothing here is for them to set up.
+  rm -rf "$system"/root/{usr/,}lib/systemd/system-generators
+  touch "$system/ready"
 fi
 
 run=$(mktemp -d "${TMPDIR:-/tmp}/vm.XXXXXX")
@@ -120,12 +144,18 @@ trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null; rm -rf "$run"' EXIT
   printf '%q ' "$@"
   printf '\necho "casemate-vm exit $?"\necho o >/proc/sysrq-trigger\nsleep 60\n'
 } >"$run/command"
-(cd "$run" && echo command | cpio -o -H newc --quiet | gzip -1) >"$run/command.gz"
+if [ -n "${VM_SYSTEMD:-}" ]; then
+  echo /usr/lib/systemd/systemd >"$run/program"
+else
+  echo "/bin/bash /run/command" >"$run/program"
+fi
+(cd "$run" && printf 'command\nprogram\n' | cpio -o -H newc --quiet | gzip -1) >"$run/command.gz"
 cat "$kernel/initramfs.gz" "$run/command.gz" >"$run/initrd"
 
 # The root: programs, what they load, what the caller wants.
 tree=$run/root
-mkdir -p "$tree"/{bin,etc,proc,sys,dev,run,tmp,root,var/lib,usr/bin,usr/sbin}
+mkdir -p "$tree"/{etc,proc,sys,dev,run,tmp,root,var/lib,usr/bin,usr/sbin,usr/lib,usr/lib64}
+for name in bin sbin lib lib64; do ln -s "usr/$name" "$tree/$name"; done
 chmod 1777 "$tree/tmp"
 cp "$busybox" "$tree/bin/busybox"
 for name in $programs; do
@@ -140,6 +170,29 @@ for applet in vi top ping nc mknod rmdir touch sync df free; do
   [ -e "$tree/bin/$applet" ] || ln -s busybox "$tree/bin/$applet"
 done
 cp /etc/passwd /etc/group /etc/os-release "$tree/etc/"
+if [ -n "${VM_SYSTEMD:-}" ]; then
+  for name in bin sbin lib lib64; do
+    for part in "$system/root/$name" "$system/root/usr/$name"; do
+      [ ! -d "$part" ] || cp -a --remove-destination "$part/." "$tree/usr/$name/"
+    done
+  done
+  printf '%032d\n' 1 >"$tree/etc/machine-id"
+  mkdir -p "$tree/etc/systemd/system"
+  printf '[Unit]\nRequires=vm.service\n' >"$tree/etc/systemd/system/vm.target"
+  # As containerd's own unit: its children are not systemd's business.
+  cat >"$tree/etc/systemd/system/vm.service" <<'UNIT'
+[Unit]
+DefaultDependencies=no
+[Service]
+ExecStart=/bin/bash /run/command
+StandardOutput=file:/dev/ttyS0
+StandardError=inherit
+Delegate=yes
+KillMode=process
+LimitNOFILE=65536
+TasksMax=infinity
+UNIT
+fi
 for path in ${VM_COPY:-}; do
   mkdir -p "$tree$(dirname "$path")"
   cp -a "$path" "$tree$path"
@@ -153,7 +206,7 @@ say "booting $suite"
 timeout "${VM_SECONDS:-900}" qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu max \
   -smp "${VM_CPUS:-1}" -m 3072 -nodefaults -display none -no-reboot -serial "file:$run/console" \
   -kernel "$kernel/vmlinuz" -initrd "$run/initrd" \
-  -append "console=ttyS0 quiet panic=-1 lsm=landlock,lockdown,yama,integrity" \
+  -append "console=ttyS0 quiet panic=-1 lsm=landlock,lockdown,yama,integrity systemd.unit=vm.target systemd.show_status=0 ${VM_APPEND:-}" \
   -drive "file=$run/disk,format=raw,if=virtio,cache=unsafe" -device virtio-rng-pci \
   </dev/null &
 qemu=$!

@@ -21,7 +21,18 @@ pub const DEFAULT_CAPABILITIES: [&str; 14] = [
     "CAP_AUDIT_WRITE",
 ];
 
-/// A spec that runs `args` with rootfs at `rootfs` and cgroup `/NS/ID`.
+/// Names a slice: cgroups are then asked for in systemd's form, in that slice.
+const SLICE_VARIABLE: &str = "CASEMATE_TEST_SLICE";
+
+fn cgroup(namespace: &str, id: &str) -> String {
+    match std::env::var(SLICE_VARIABLE) {
+        Ok(slice) => format!("{slice}:{namespace}:{id}"),
+        Err(_) => format!("/{namespace}/{id}"),
+    }
+}
+
+/// A spec that runs `args` with rootfs at `rootfs` and cgroup `/NS/ID`, or in the
+/// slice that the environment names.
 pub fn default(args: &[&str], rootfs: &str, namespace: &str, id: &str) -> Value {
     json!({
         "ociVersion": "1.0.2-dev",
@@ -58,7 +69,7 @@ pub fn default(args: &[&str], rootfs: &str, namespace: &str, id: &str) -> Value 
         ],
         "linux": {
             "resources": {"devices": [{"allow": false, "access": "rwm"}]},
-            "cgroupsPath": format!("/{namespace}/{id}"),
+            "cgroupsPath": cgroup(namespace, id),
             "namespaces": [
                 {"type": "pid"}, {"type": "ipc"}, {"type": "uts"},
                 {"type": "mount"}, {"type": "network"}

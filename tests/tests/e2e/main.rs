@@ -31,6 +31,7 @@ mod sandbox_api;
 mod sandbox_api_containers;
 mod signals;
 mod stdio;
+mod systemd;
 mod terminal;
 mod trees;
 mod update;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
         userns::trials(),
         userns_rootfs::trials(),
         cri::trials(),
+        systemd::trials(),
     ]
     .into_iter()
     .flatten()
