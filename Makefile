@@ -8,6 +8,7 @@
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
+#   make docs-tables     the pages of docs/ that are made of tables in the code
 #   make bench           times and memory beside runc, crun, runsc
 #   make dist            release binaries, checksums and component list in dist/
 
@@ -20,7 +21,7 @@ BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
 VM_SUITES ?= bookworm bookworm:systemd sid sid:systemd
 
-.PHONY: help build quick check unit deny test daemons e2e e2e-older vm-test run bench dist clean
+.PHONY: help build quick check unit deny test daemons e2e e2e-older vm-test docs-tables run bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,6 +67,9 @@ e2e-older: quick
 vm-test: quick
 	$(CARGO) test --profile quick --locked -p casemate-tests --test e2e --no-run
 	@TARGET=$(abspath $(TARGET)/quick) scripts/vm-test.sh $(VM_SUITES)
+
+docs-tables:
+	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-spec --test documents
 
 run:
 	@CMD='$(subst ','\'',$(CMD))' scripts/run.sh

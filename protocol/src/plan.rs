@@ -55,6 +55,9 @@ pub struct LaunchPlan {
     pub wait_before_root: bool,
     /// What to run then.
     pub hooks: Vec<HookPlan>,
+    /// Processes install filters of their own without no_new_privs: so the
+    /// forker keeps CAP_SYS_ADMIN, of the container's user namespace (seccomp(2)).
+    pub own_filters: bool,
 }
 
 /// A program of the node, to be run where the container is assembled, behind
@@ -166,4 +169,7 @@ pub struct ProcessPlan {
     /// The binary, with nothing added to the environment; empty: as the first
     /// argument and PATH name it.
     pub path: String,
+    /// Keep CAP_SYS_ADMIN, of the container's user namespace, up to the
+    /// installation of the filter: see [`LaunchPlan::own_filters`].
+    pub keep_for_filter: bool,
 }

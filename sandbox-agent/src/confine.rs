@@ -97,6 +97,7 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<(), StepError> {
     // the capabilities go.
     seccomp::install_filter(&plan.filter, 0).at("install filter", "container")?;
     let keep = match who {
+        Who::Forker if plan.own_filters => plan.bounding | FORKER_CAPS | SYS_ADMIN,
         Who::Forker => plan.bounding | FORKER_CAPS,
         Who::Hook(_) => plan.bounding,
     };
@@ -144,6 +145,28 @@ fn landlock_container(reads: bool, who: &Who<'_>) -> std::io::Result<()> {
     rules.restrict_self()
 }
 
+/// Installs the filter of one process, the last lock before it executes.
+pub fn own_filter(plan: &ProcessPlan) -> Result<(), StepError> {
+    if plan.filter.is_empty() {
+        return Ok(());
+    }
+    seccomp::install_filter(&plan.filter, plan.filter_flags)
+        .at("install filter of", "linux.seccomp")?;
+    if plan.keep_for_filter {
+        set_caps_of(plan, 0)?;
+    }
+    Ok(())
+}
+
+fn set_caps_of(plan: &ProcessPlan, more: u64) -> Result<(), StepError> {
+    ident::set_caps(CapSets {
+        effective: plan.effective | more,
+        permitted: plan.permitted | more,
+        inheritable: plan.inheritable,
+    })
+    .at("set", "capabilities")
+}
+
 /// The identity of one process: ids, then exactly its capability sets.
 pub fn identity(plan: &ProcessPlan) -> Result<(), StepError> {
     let object = || format!("{}:{}", plan.uid, plan.gid);
@@ -151,11 +174,7 @@ pub fn identity(plan: &ProcessPlan) -> Result<(), StepError> {
     ident::set_groups(&plan.groups).at("set additional groups of user", object())?;
     ident::set_gid(plan.gid).at("set group of user", object())?;
     ident::set_uid(plan.uid).at("set user", object())?;
-    ident::set_caps(CapSets {
-        effective: plan.effective,
-        permitted: plan.permitted,
-        inheritable: plan.inheritable,
-    })
-    .at("set", "capabilities")?;
+    let more = if plan.keep_for_filter { SYS_ADMIN } else { 0 };
+    set_caps_of(plan, more)?;
     ident::set_ambient(plan.ambient).at("set", "ambient capabilities")
 }

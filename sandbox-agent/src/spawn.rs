@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use casemate_protocol::plan::{ProcessPlan, TerminalSize};
 use casemate_sys::process::{self, Fork};
-use casemate_sys::{exec, message, schedule, seccomp};
+use casemate_sys::{exec, message, schedule};
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::termios::Winsize;
 
@@ -287,10 +287,7 @@ fn prepare_and_exec(
         process::exit_now(0);
     }
     exec::install_descriptors(files).at("install", "descriptors")?;
-    if !plan.filter.is_empty() {
-        seccomp::install_filter(&plan.filter, plan.filter_flags)
-            .at("install filter of", "linux.seccomp")?;
-    }
+    confine::own_filter(plan)?;
     Err(exec::exec(&path, &args, &env))
         .at("execute", &binary)
         .map_err(StepError::blame_request)

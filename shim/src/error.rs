@@ -102,12 +102,34 @@ mod tests {
             (SandboxError::Unavailable(text()).into(), 14),
             (SandboxError::Failed(text()).into(), 2),
         ];
+        let mut seen = std::collections::BTreeSet::new();
         for (error, number) in table {
             assert_eq!(error.code() as i32, number, "{error:?}");
+            seen.insert(place(&error));
             let ttrpc::Error::RpcStatus(status) = ttrpc::Error::from(error) else {
                 panic!("not a status");
             };
             assert_eq!(status.message, "t");
+        }
+        assert_eq!(seen.len(), VARIANTS, "a kind of error that no row is about");
+    }
+
+    const VARIANTS: usize = 11;
+
+    /// Names each kind: a new one doesn't compile until it is in the table.
+    fn place(error: &ShimError) -> usize {
+        match error {
+            ShimError::NotFound(_) => 0,
+            ShimError::AlreadyExists(_) => 1,
+            ShimError::FailedPrecondition(_) => 2,
+            ShimError::InvalidArgument(_) => 3,
+            ShimError::Unimplemented(_) => 4,
+            ShimError::Unavailable(_) => 5,
+            ShimError::Unknown(_) => 6,
+            ShimError::Sandbox(SandboxError::Invalid(_)) => 7,
+            ShimError::Sandbox(SandboxError::NotFound(_)) => 8,
+            ShimError::Sandbox(SandboxError::Unavailable(_)) => 9,
+            ShimError::Sandbox(SandboxError::Failed(_)) => 10,
         }
     }
 

@@ -15,6 +15,7 @@ pub mod clock;
 pub mod config;
 pub mod coverage;
 pub mod devices;
+pub mod document;
 pub mod error;
 pub mod hooks;
 mod journal;

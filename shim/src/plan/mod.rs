@@ -162,8 +162,14 @@ pub fn container(
         time_namespace: spec.clocks.is_some(),
         wait_before_root: spec.hooks.wait_before_root(),
         hooks: spec.hooks.create_container.iter().map(hook).collect(),
+        own_filters: own_filter(process) && spec.seccomp.is_some(),
     };
     Ok(Launch { plan, staged })
+}
+
+/// Whether a filter of its own needs a capability: without no_new_privs.
+fn own_filter(process: &ProcessSpec) -> bool {
+    !process.no_new_privs
 }
 
 fn hook(spec: &HookSpec) -> HookPlan {
@@ -287,6 +293,7 @@ pub fn process(spec: &ProcessSpec, filter: &(Vec<u8>, u32)) -> ProcessPlan {
         io_priority: spec.schedule.io_priority,
         cpus: Vec::new(),
         path: String::new(),
+        keep_for_filter: own_filter(spec) && !filter.0.is_empty(),
     }
 }
 

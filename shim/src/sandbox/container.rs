@@ -242,7 +242,7 @@ async fn launch(
     verify::init(
         spawned.pid,
         pod.range.container_root(),
-        &spec.process,
+        (&spec.process, &process),
         cgroup,
     )?;
     Ok((forker, forker_pid, forker_pidfd, spawned))

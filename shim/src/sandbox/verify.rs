@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use casemate_cgroup::Cgroup;
+use casemate_protocol::plan::ProcessPlan;
 use casemate_spec::ProcessSpec;
 
 use super::SandboxError;
@@ -33,13 +34,23 @@ pub fn child(pidfd: &OwnedFd, parent: u32) -> Result<Option<u32>, SandboxError> 
     }
 }
 
+/// In the container's user namespace; what a filter takes without no_new_privs.
+const SYS_ADMIN: u64 = 1 << 21;
+
 /// Checks ids, capabilities, no_new_privs, filter and cgroup of host process
-/// `pid`. `root` is the host id of the container's root.
-pub fn init(pid: u32, root: u32, spec: &ProcessSpec, cgroup: &Cgroup) -> Result<(), SandboxError> {
+/// `pid`. `root` is the host id of the container's root. What it is to execute
+/// as is in `spec`; `plan` says what it keeps until then.
+pub fn init(
+    pid: u32,
+    root: u32,
+    (spec, plan): (&ProcessSpec, &ProcessPlan),
+    cgroup: &Cgroup,
+) -> Result<(), SandboxError> {
     let unseen = |e: String| SandboxError::Unavailable(format!("look at init ({pid}): {e}"));
     let text = std::fs::read_to_string(format!("/proc/{pid}/status"))
         .map_err(|e| unseen(e.to_string()))?;
-    check(&text, root, spec)?;
+    let kept = if plan.keep_for_filter { SYS_ADMIN } else { 0 };
+    check(&text, root, spec, kept)?;
     let places = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
         .map_err(|e| unseen(e.to_string()))?;
     let leaves: Vec<&Path> = cgroup.leaf_dirs().collect();
@@ -95,7 +106,7 @@ fn unlike(what: &str, is: &str, wanted: &str) -> SandboxError {
     ))
 }
 
-fn check(status: &str, root: u32, spec: &ProcessSpec) -> Result<(), SandboxError> {
+fn check(status: &str, root: u32, spec: &ProcessSpec, kept: u64) -> Result<(), SandboxError> {
     let fields: BTreeMap<&str, Vec<&str>> = status
         .lines()
         .filter_map(|line| line.split_once(':'))
@@ -113,8 +124,8 @@ fn check(status: &str, root: u32, spec: &ProcessSpec) -> Result<(), SandboxError
     expect("Uid", 4, (root + spec.uid).to_string())?;
     expect("Gid", 4, (root + spec.gid).to_string())?;
     expect("CapBnd", 1, mask(spec.caps.bounding))?;
-    expect("CapPrm", 1, mask(spec.caps.permitted))?;
-    expect("CapEff", 1, mask(spec.caps.effective))?;
+    expect("CapPrm", 1, mask(spec.caps.permitted | kept))?;
+    expect("CapEff", 1, mask(spec.caps.effective | kept))?;
     expect("Seccomp", 1, "2".into())?;
     if spec.no_new_privs {
         expect("NoNewPrivs", 1, "1".into())?;
@@ -146,7 +157,7 @@ mod tests {
         let spec = casemate_spec::tighten(loaded, &Config::default(), &context)
             .unwrap()
             .process;
-        check(LOCKED, 1001, &spec).unwrap();
+        check(LOCKED, 1001, &spec, 0).unwrap();
         for (is, would_be, named) in [
             ("Uid:\t1001\t1001\t1001\t1001", "Uid:\t0\t0\t0\t0", "Uid"),
             ("Gid:\t1001", "Gid:\t0", "Gid"),
@@ -170,10 +181,10 @@ mod tests {
         ] {
             let status = LOCKED.replace(is, would_be);
             assert_ne!(status, LOCKED);
-            let error = check(&status, 1001, &spec).unwrap_err().to_string();
+            let error = check(&status, 1001, &spec, 0).unwrap_err().to_string();
             assert!(error.contains(named), "{error}");
         }
-        assert!(check("", 1001, &spec).is_err());
+        assert!(check("", 1001, &spec, 0).is_err());
     }
 
     #[test]

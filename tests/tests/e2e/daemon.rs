@@ -63,7 +63,7 @@ pub fn import(
 }
 
 /// `ctr run --rm` of the base image.
-fn run(name: &str, flags: &[&str], args: &[&str]) -> Result<(String, Output), Stop> {
+pub fn run(name: &str, flags: &[&str], args: &[&str]) -> Result<(String, Output), Stop> {
     let _hold = hold()?;
     let world = World::get()?;
     let ctr = ctr()?;

@@ -12,6 +12,7 @@ mod common;
 mod cri;
 mod daemon;
 mod death;
+mod errors;
 mod events;
 mod exec;
 mod exec_io;
@@ -19,6 +20,7 @@ mod hooks;
 mod hostile;
 mod hostile_node;
 mod hostile_shape;
+mod items;
 mod lifecycle;
 mod limits;
 mod locks;
@@ -65,6 +67,8 @@ fn main() -> ExitCode {
         death::trials(),
         daemon::trials(),
         oci::trials(),
+        items::trials(),
+        errors::trials(),
         sandbox::trials(),
         sandbox_api::trials(),
         sandbox_api_containers::trials(),

@@ -38,7 +38,7 @@ pub fn says(mut task: Task) -> Result<String, Stop> {
 }
 
 /// Runs a process in a running container to its end; status and output.
-fn exec(task: &Task, exec_id: &str, process: &Value) -> Result<(u32, String), Stop> {
+pub fn exec(task: &Task, exec_id: &str, process: &Value) -> Result<(u32, String), Stop> {
     let out = task.side.join(format!("{exec_id}.out"));
     make_fifo(&out)?;
     let reader = Reader::start(&out);

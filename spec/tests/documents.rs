@@ -1,0 +1,56 @@
+//! The pages of `docs/` that are made of tables in the code.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by them")]
+
+use std::fs;
+use std::path::Path;
+
+use casemate_spec::{RULES, coverage, document};
+
+/// Set to write the pages instead of comparing them: `make docs-tables`.
+const WRITE: &str = "CASEMATE_WRITE_DOCS";
+
+#[test]
+fn the_pages_are_what_the_code_says() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    for (name, page) in [
+        ("oci-coverage.md", document::coverage_page()),
+        ("refusals.md", document::refusals_page()),
+    ] {
+        let path = docs.join(name);
+        if std::env::var_os(WRITE).is_some() {
+            fs::write(&path, &page).unwrap();
+        }
+        let committed = fs::read_to_string(&path).unwrap_or_default();
+        assert!(
+            committed == page,
+            "docs/{name} is not what the code says: run `make docs-tables` and commit it"
+        );
+    }
+}
+
+#[test]
+fn every_row_is_on_its_page() {
+    let (fields, rules) = (document::coverage_page(), document::refusals_page());
+    for row in coverage() {
+        assert_eq!(
+            fields.matches(&format!("| `{}`", row.field)).count(),
+            1,
+            "{}",
+            row.field
+        );
+    }
+    for rule in RULES {
+        assert_eq!(
+            rules.matches(&format!("| `{}` |", rule.id)).count(),
+            1,
+            "{}",
+            rule.id
+        );
+    }
+    for page in [fields, rules] {
+        for line in page.lines().filter(|l| l.starts_with('|')) {
+            let columns = line.replace("\\|", "").matches('|').count();
+            assert!(columns == 4 || columns == 5, "{line}");
+        }
+    }
+}
