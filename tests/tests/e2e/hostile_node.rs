@@ -38,10 +38,14 @@ pub fn exclusive_trials() -> Vec<libtest_mimic::Trial> {
     )]
 }
 
-/// Gives the task's shim a configuration of its own.
+/// Gives the task's shim a configuration of its own, beside that of the run.
 pub fn configure(task: &mut Task, text: &str) -> Result<PathBuf, Stop> {
     let path = task.side.join("config.toml");
-    fs::write(&path, text)?;
+    let of_run = match std::env::var_os("CASEMATE_CONFIG") {
+        Some(path) => fs::read_to_string(path)?,
+        None => String::new(),
+    };
+    fs::write(&path, format!("{text}\n{of_run}"))?;
     task.shim
         .env
         .push(("CASEMATE_CONFIG".to_owned(), path.display().to_string()));
