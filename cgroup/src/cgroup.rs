@@ -18,9 +18,10 @@ const V2_CONTROLLERS: [&str; 7] = ["cpu", "cpuset", "hugetlb", "io", "memory", "
 /// How a new process gets into the cgroup.
 #[derive(Debug)]
 pub enum Attach {
-    /// The `tasks` file of each hierarchy, O_WRONLY|O_CLOEXEC: the
-    /// single-threaded child writes `0` to each and closes them before anything
-    /// else runs in it; they carry the opener's authority (cgroups(7)).
+    /// The `tasks` file of each hierarchy (of the unified one beside them
+    /// `cgroup.procs`), O_WRONLY|O_CLOEXEC: the single-threaded child writes `0`
+    /// to each and closes them before anything else runs in it; they carry the
+    /// opener's authority (cgroups(7)).
     V1(Vec<OwnedFd>),
     /// The directory, for `clone3(CLONE_INTO_CGROUP)` (clone(2)).
     V2(OwnedFd),
@@ -216,16 +217,22 @@ impl Cgroup {
             let leaf = self.first()?;
             return Ok(Attach::V2(open_dir(&leaf.dir)?));
         }
+        // systemd sees by the unified hierarchy beside version 1's whether a scope
+        // is still in use. For other cgroups it isn't worth its price.
+        let unified_too = self.scope.is_some();
         let mut leaves: Vec<&Leaf> = self
             .leaves
             .iter()
-            .filter(|l| l.kind != Kind::Unified)
+            .filter(|l| unified_too || l.kind != Kind::Unified)
             .collect();
         // The freezer first: what is in any other leaf can then be stopped.
         leaves.sort_by_key(|l| !l.controllers.iter().any(|c| c == "freezer"));
         let mut tasks = Vec::with_capacity(leaves.len());
         for leaf in leaves {
-            let file = leaf.dir.join("tasks");
+            let file = leaf.dir.join(match leaf.kind {
+                Kind::Unified => "cgroup.procs",
+                _ => "tasks",
+            });
             let fd = rustix::fs::openat(
                 CWD,
                 &file,
