@@ -15,6 +15,11 @@ use crate::error::{Failure, Result, file};
 use crate::procs::{self, Identity};
 use crate::run::until;
 
+/// The shims' variable with the path of the node's configuration.
+pub const CONFIG_VARIABLE: &str = "CASEMATE_CONFIG";
+/// That configuration of a daemon of its own, where there is one.
+pub const NODE_CONFIG: &str = "casemate/config.toml";
+
 /// A running private containerd; stopped when dropped.
 pub struct Daemon {
     dir: PathBuf,
@@ -61,6 +66,10 @@ impl Daemon {
             command
                 .arg("nsenter")
                 .arg(format!("--net={}", netns.display()));
+        }
+        let node = self.dir.join(NODE_CONFIG);
+        if node.exists() {
+            command.env(CONFIG_VARIABLE, node);
         }
         let child = command
             .arg("containerd")

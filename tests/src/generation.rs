@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use crate::daemon::Daemon;
+use crate::daemon::{CONFIG_VARIABLE, Daemon, NODE_CONFIG};
 use crate::error::{Result, file};
 use crate::run::run;
 
@@ -16,6 +16,9 @@ pub const DAEMONS_VARIABLE: &str = "CASEMATE_TEST_DAEMONS";
 
 /// Local name of the pause image.
 pub const PAUSE: &str = "casemate.test/pause:latest";
+
+/// The runtime class of pods that are made by the sandbox API, since 2.1.
+pub const BY_API: &str = "casemate-by-api";
 
 /// A line of containerd releases that speak to a shim in the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -86,6 +89,7 @@ impl Generation {
             Self::V1_6 | Self::V1_7 => version_2(dir, shim),
             Self::V2_1 | Self::V2_3 => version_3(dir, shim),
         };
+        by_api(dir)?;
         Daemon::configured(dir, &format!("{own}{path}"), &config, Some(netns.path()))
     }
 }
@@ -115,6 +119,21 @@ fn daemons() -> PathBuf {
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/daemons"),
         PathBuf::from,
     )
+}
+
+/// Turns the sandbox API on for the daemon's shims, and nothing else: the rest
+/// is as the environment has it.
+fn by_api(dir: &Path) -> Result<()> {
+    let path = dir.join(NODE_CONFIG);
+    let drop_ins = path.with_file_name("config.d");
+    fs::create_dir_all(&drop_ins).map_err(file("make", &drop_ins))?;
+    let text = match std::env::var_os(CONFIG_VARIABLE) {
+        Some(other) => fs::read(&other).map_err(file("read", Path::new(&other)))?,
+        None => Vec::new(),
+    };
+    fs::write(&path, text).map_err(file("write", &path))?;
+    let on = drop_ins.join("api.toml");
+    fs::write(&on, "sandbox.api = true\n").map_err(file("write", &on))
 }
 
 /// One bridge, addresses from `subnet`, no masquerading, so no iptables.
@@ -219,6 +238,9 @@ fn version_3(dir: &Path, shim: &Path) -> String {
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.casemate-by-path]
       runtime_type = "io.containerd.runc.v2"
       runtime_path = "{shim}"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{BY_API}]
+      runtime_type = "io.containerd.casemate.v2"
+      sandboxer = "shim"
 "#
     )
 }

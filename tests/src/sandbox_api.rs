@@ -196,10 +196,6 @@ impl Pod {
             {"type": "uts", "path": path("uts")},
             {"type": "network", "path": path("net")},
         ]);
-        // containerd has nothing to bind there but what the sandbox makes.
-        let mounts = task.spec["mounts"].as_array_mut();
-        let mounts = mounts.ok_or_else(|| Failure::Unexpected("no mounts".to_owned()))?;
-        mounts.retain(|mount| mount["destination"] != "/dev/shm");
         task.spec["annotations"] = json!({
             "io.kubernetes.cri.container-type": "container",
             "io.kubernetes.cri.sandbox-id": self.task.id,

@@ -77,7 +77,8 @@ impl Shared {
         Ok(Shared(()))
     }
 
-    /// Adds to a container what its specification has no mount of its own for.
+    /// Adds to a container what its specification has no mount of its own for,
+    /// and puts the pod's memory in the place of a tmpfs.
     pub fn add(
         &self,
         spec: &Tightened,
@@ -86,11 +87,16 @@ impl Shared {
         entries: &mut Vec<(String, OwnedFd)>,
     ) -> Result<(), SandboxError> {
         for (name, place) in PLACES {
-            if plan.mounts.iter().any(|mount| mount.target == place) {
-                continue;
+            let is_memory = name == MEMORY;
+            if let Some(own) = plan.mounts.iter().position(|m| m.target == place) {
+                let is_default = plan.mounts.get(own).is_some_and(is_tmpfs);
+                if !(is_memory && is_default) {
+                    continue;
+                }
+                // containerd's default for a container that is alone.
+                plan.mounts.remove(own);
             }
             let tree = staging.copy(name).step("copy shared", place)?;
-            let is_memory = name == MEMORY;
             if spec.readonly_rootfs && !is_memory {
                 let change = Change {
                     set: attr::RDONLY,
@@ -122,6 +128,10 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+fn is_tmpfs(mount: &Mount) -> bool {
+    matches!(&mount.source, MountSource::New { fstype, .. } if fstype == "tmpfs")
 }
 
 /// Mode bits past the creation mask, and an owner.

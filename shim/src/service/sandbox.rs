@@ -31,6 +31,7 @@ use crate::events::timestamp;
 use crate::pod::Pod;
 use crate::pod::life::{Life, Step};
 use crate::sandbox::{Origin, SandboxError};
+use document::Owner;
 
 /// What CRI reads of the state.
 const READY: &str = "SANDBOX_READY";
@@ -132,7 +133,12 @@ async fn create(pod: &Arc<Pod>, request: CreateSandboxRequest) -> Result<(), Shi
             for note in &config.notes {
                 log::warn!("sandbox {}: {note}", pod.id);
             }
-            let document = document::write(&config, &request)?;
+            // Open until the pod is made, by its path.
+            let users = match &config.userns {
+                Some(_) if !request.netns_path.is_empty() => Owner::of(&request.netns_path)?,
+                _ => None,
+            };
+            let document = document::write(&config, &request, users.as_ref())?;
             let files = document::files(&config, &pod.id)?;
             let has_parent = !config.cgroup_parent.is_empty();
             pod.make_sandbox(Origin::Given {

@@ -2,7 +2,10 @@
 //! controller would have written for its pause container: so the pod is made,
 //! or refused, by the same rules whichever way it came.
 
+use std::os::fd::{AsRawFd, OwnedFd};
+
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use rustix::fs::OFlags;
 use serde_json::{Map, Value, json};
 
 use super::config::{Ids, Mode, PodConfig};
@@ -17,8 +20,40 @@ const RESOLV_CONF_MAX: u64 = 64 << 10;
 /// binds in one of its own.
 const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
 
+/// The user namespace that a pod's network namespace was made in. containerd
+/// pins only the latter, so it has a path while it is open here alone.
+pub struct Owner(OwnedFd);
+
+impl Owner {
+    /// That of the namespace at `netns`; none if it is the host's own.
+    pub fn of(netns: &str) -> Result<Option<Owner>, ShimError> {
+        let failed = |error: std::io::Error| {
+            ShimError::InvalidArgument(format!(
+                "CreateSandbox: netns_path {netns:?}: look for its user namespace: {error}"
+            ))
+        };
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let open = |path: &str| {
+            rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+                .map_err(|error| failed(error.into()))
+        };
+        let owner = casemate_sys::namespace::owner(open(netns)?).map_err(failed)?;
+        let own = open("/proc/self/ns/user")?;
+        let is_hosts = crate::host::users::same(&owner, &own).map_err(failed)?;
+        Ok((!is_hosts).then_some(Owner(owner)))
+    }
+
+    fn path(&self) -> String {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd())
+    }
+}
+
 /// The specification.
-pub fn write(config: &PodConfig, request: &CreateSandboxRequest) -> Result<Vec<u8>, ShimError> {
+pub fn write(
+    config: &PodConfig,
+    request: &CreateSandboxRequest,
+    users: Option<&Owner>,
+) -> Result<Vec<u8>, ShimError> {
     let mut annotations: Map<String, Value> = request
         .annotations
         .iter()
@@ -34,7 +69,7 @@ pub fn write(config: &PodConfig, request: &CreateSandboxRequest) -> Result<Vec<u
         annotations.insert(format!("io.kubernetes.cri.{key}"), json!(value));
     }
     let mut linux = json!({
-        "namespaces": namespaces(config, &request.netns_path)?,
+        "namespaces": namespaces(config, &request.netns_path, users)?,
         "sysctl": config.sysctls,
         "cgroupsPath": cgroups_path(&config.cgroup_parent, &request.sandbox_id),
         // Nothing runs that could see them; empty lists would be told of.
@@ -68,7 +103,11 @@ pub fn write(config: &PodConfig, request: &CreateSandboxRequest) -> Result<Vec<u
 
 /// A namespace that is left out is the host's, and the policy says whether the
 /// pod may have that.
-fn namespaces(config: &PodConfig, netns: &str) -> Result<Vec<Value>, ShimError> {
+fn namespaces(
+    config: &PodConfig,
+    netns: &str,
+    users: Option<&Owner>,
+) -> Result<Vec<Value>, ShimError> {
     let mut list = vec![json!({"type": "mount"})];
     match (config.network, netns) {
         (Mode::Node, "") => {}
@@ -97,7 +136,10 @@ fn namespaces(config: &PodConfig, netns: &str) -> Result<Vec<Value>, ShimError> 
         }
     }
     if config.userns.is_some() {
-        list.push(json!({"type": "user"}));
+        list.push(match users {
+            Some(users) => json!({"type": "user", "path": users.path()}),
+            None => json!({"type": "user"}),
+        });
     }
     Ok(list)
 }
@@ -187,7 +229,7 @@ mod tests {
     }
 
     fn tightened(config: &PodConfig, netns: &str) -> Result<casemate_spec::Tightened, String> {
-        let document = write(config, &request(netns)).map_err(|error| error.to_string())?;
+        let document = write(config, &request(netns), None).map_err(|error| error.to_string())?;
         let loaded = load(&document).map_err(|error| error.to_string())?;
         let context = Context {
             id: "s",

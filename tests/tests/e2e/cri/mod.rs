@@ -12,6 +12,7 @@ mod limits;
 mod network;
 mod node;
 mod refuse;
+mod sandboxer;
 mod security;
 mod stream;
 mod volumes;
@@ -93,7 +94,8 @@ pub fn trials() -> Vec<Trial> {
         let shared = shared.iter().copied().flatten();
         let newer = since(Generation::V1_7, life::SINCE_1_7)
             .iter()
-            .chain(since(Generation::V2_1, volumes::SINCE_2));
+            .chain(since(Generation::V2_1, volumes::SINCE_2))
+            .chain(since(Generation::V2_1, sandboxer::TESTS));
         for (name, test) in shared.chain(newer) {
             all.push(skip::trial(&format!("cri{tag}_{name}"), move || {
                 let _hold = hold(generation)?;
@@ -109,7 +111,10 @@ pub fn trials() -> Vec<Trial> {
                 test(&open(generation)?)
             }));
         }
-        for (name, test) in node::RESTARTS {
+        for (name, test) in node::RESTARTS
+            .iter()
+            .chain(since(Generation::V2_1, sandboxer::RESTARTS))
+        {
             all.push(skip::trial(&format!("cri{tag}_{name}"), move || {
                 let Ok(_alone) = gate(generation).write() else {
                     return fail("a test panicked in a restart");
