@@ -13,12 +13,13 @@ use crate::error::CgroupError;
 use crate::files;
 
 /// How long the kernel may take to stop all processes. Those in
-/// uninterruptible sleep stop only when that ends.
-const FREEZE_WITHIN: Duration = Duration::from_secs(2);
+/// uninterruptible sleep stop only when that ends. The caller waits, and does
+/// nothing else meanwhile: well below a second.
+const FREEZE_WITHIN: Duration = Duration::from_millis(500);
 /// The same before a kill, which can go on without.
-const FREEZE_BEFORE_KILL: Duration = Duration::from_millis(500);
+const FREEZE_BEFORE_KILL: Duration = Duration::from_millis(150);
 /// How long to run after processes that fork while they are being killed.
-const KILL_WITHIN: Duration = Duration::from_secs(5);
+const KILL_WITHIN: Duration = Duration::from_millis(500);
 /// How many pidfds are open at a time: far below any RLIMIT_NOFILE.
 const BATCH: usize = 128;
 

@@ -31,5 +31,6 @@ pub use cgroup::{Attach, Cgroup};
 pub use error::CgroupError;
 pub use hierarchy::Hierarchy;
 pub use oom::OomWatch;
+pub use remove::remove_empty;
 pub use scope::Scope;
 pub use stats::*;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::cgroup::Cgroup;
@@ -45,6 +45,18 @@ impl Cgroup {
             }
         }
         first_error.map_or(Ok(()), Err)
+    }
+}
+
+/// Removes those of `dirs` that are empty cgroups; for parents that several
+/// cgroups had in common and one of them has made. Parents come first in the
+/// list, as in [`Cgroup::dirs`].
+pub fn remove_empty(dirs: &[PathBuf]) {
+    for dir in dirs.iter().rev() {
+        if files::on_cgroupfs(dir).is_some() {
+            // In use, or gone: both are somebody else's affair.
+            let _left = fs::remove_dir(dir);
+        }
     }
 }
 

@@ -47,15 +47,18 @@ impl Channel {
         message: &M,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), TransportError> {
-        let bytes = postcard::to_stdvec(message)?;
-        if bytes.len() > MAX_PACKET {
-            return Err(TransportError::TooLarge {
-                what: "message",
-                size: bytes.len() as u64,
-                limit: MAX_PACKET as u64,
-            });
-        }
-        Ok(message::send(&self.0, &bytes, fds)?)
+        Ok(message::send(&self.0, &packet(message)?, fds)?)
+    }
+
+    /// As [`Channel::send`], but an error of kind `WouldBlock` rather than a
+    /// wait where the peer has stopped to read: for the shim, which must not
+    /// wait for anybody inside.
+    pub fn send_now<M: Serialize>(
+        &self,
+        message: &M,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), TransportError> {
+        Ok(message::send_now(&self.0, &packet(message)?, fds)?)
     }
 
     /// Receives a message; `None` when the peer is gone. With `wait` false, an
@@ -74,6 +77,18 @@ impl Channel {
         }
         Ok(Some((value, fds)))
     }
+}
+
+fn packet<M: Serialize>(message: &M) -> Result<Vec<u8>, TransportError> {
+    let bytes = postcard::to_stdvec(message)?;
+    if bytes.len() > MAX_PACKET {
+        return Err(TransportError::TooLarge {
+            what: "message",
+            size: bytes.len() as u64,
+            limit: MAX_PACKET as u64,
+        });
+    }
+    Ok(bytes)
 }
 
 impl AsFd for Channel {
@@ -175,6 +190,23 @@ mod tests {
             message::send(&a, bytes, &[]).unwrap();
             assert!(b.receive::<FromForker>(true).is_err());
         }
+    }
+
+    #[test]
+    fn a_peer_that_does_not_read_is_an_error_and_not_a_wait() {
+        let (a, _b) = channels();
+        let mut sent = 0;
+        let error = loop {
+            match a.send_now(&ToForker::Go { key: 1 }, &[]) {
+                Ok(()) => sent += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(sent > 10);
+        assert!(
+            matches!(&error, TransportError::Io(e) if e.kind() == io::ErrorKind::WouldBlock),
+            "{error}"
+        );
     }
 
     #[test]

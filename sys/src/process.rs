@@ -166,6 +166,16 @@ pub fn wait(pidfd: impl AsFd) -> io::Result<Ended> {
     }
 }
 
+/// As [`wait`], without waiting: `None` while the child runs, or when it isn't
+/// ours to reap (any more).
+pub fn try_wait(pidfd: impl AsFd) -> io::Result<Option<Ended>> {
+    reap(
+        libc::P_PIDFD,
+        pidfd.as_fd().as_raw_fd() as u32,
+        libc::WNOHANG,
+    )
+}
+
 fn reap(which: libc::idtype_t, id: u32, flags: i32) -> io::Result<Option<Ended>> {
     // SAFETY: an all-zero siginfo is valid, and says "nothing reaped" (si_pid 0).
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };

@@ -155,10 +155,16 @@ impl Task {
     /// Runs `start` on the bundle as it is, connects.
     pub fn boot_as_it_is(&mut self) -> Result<Answer> {
         let answer = self.shim.start()?;
+        self.adopt(&answer)?;
+        Ok(answer)
+    }
+
+    /// Connects to the shim that a `start` elsewhere has answered of.
+    pub fn adopt(&mut self, answer: &Answer) -> Result<()> {
         let client = Client::connect(&answer.address, answer.version)?;
         let pid = client.shim(&self.id)?.shim_pid;
         self.booted = Some((answer.clone(), client, pid));
-        Ok(answer)
+        Ok(())
     }
 
     /// Uses the shim of `pod`, as containerd does for later containers.

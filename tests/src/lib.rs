@@ -16,6 +16,7 @@ pub mod exec;
 pub mod generation;
 pub mod image;
 pub mod leaks;
+pub mod node;
 pub mod pod;
 pub mod procs;
 pub mod results;
@@ -25,6 +26,7 @@ pub mod shim;
 pub mod skip;
 pub mod spec;
 pub mod stdio;
+pub mod trace;
 pub mod world;
 
 pub use error::{Failure, Result};

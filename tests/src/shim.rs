@@ -261,6 +261,17 @@ impl Client {
         self.call("Kill", &ask, SHORT)
     }
 
+    /// `Kill` of an exec'ed process.
+    pub fn kill_exec(&self, (id, exec_id): (&str, &str), signal: u32) -> Result<Empty> {
+        let ask = KillRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            signal,
+            ..Default::default()
+        };
+        self.call("Kill", &ask, SHORT)
+    }
+
     /// `Delete`.
     pub fn delete(&self, id: &str) -> Result<DeleteResponse> {
         let ask = DeleteRequest {

@@ -5,7 +5,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -18,7 +17,10 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use super::flags::Flags;
 use super::journal::{self, Entry, Journal};
 use super::proc;
+use super::socket;
+use super::spec::Spec;
 use crate::events::timestamp;
+use crate::host::ids;
 use crate::host::scope::STOP_WITHIN;
 
 /// In every other container's bundle, a symbolic link to the pod's bundle.
@@ -26,8 +28,12 @@ pub const POD_LINK: &str = "casemate.pod";
 
 /// 128 + SIGKILL: what is reported of a process that nobody saw end.
 const KILLED: u32 = 137;
-const PROBE_WITHIN: Duration = Duration::from_secs(1);
-const KILL_WITHIN: Duration = Duration::from_secs(1);
+// containerd waits 5 s for the whole command: the sum of these is less, whatever
+// is wedged, and however many containers there are.
+const PROBE_WITHIN: Duration = Duration::from_millis(800);
+const KILL_WITHIN: Duration = Duration::from_millis(800);
+/// For all cgroups together to become free of what was killed.
+const FREE_WITHIN: Duration = Duration::from_secs(1);
 /// For logging binaries to finish after the end of their input.
 const LOGGERS_WITHIN: Duration = Duration::from_secs(1);
 
@@ -39,7 +45,12 @@ pub fn run(flags: &Flags) -> Result<(), String> {
     } else {
         PathBuf::from(&flags.bundle)
     };
-    let answer = clean(&bundle, &flags.id)
+    let answer = clean(&bundle, &flags.id);
+    remove_unanswered(flags, &bundle);
+    if let Err(error) = ids::sweep(Path::new(ids::DIRECTORY)) {
+        warn(&format!("remove lock files in {}: {error}", ids::DIRECTORY));
+    }
+    let answer = answer
         .write_to_bytes()
         .map_err(|error| format!("encode the answer: {error}"))?;
     io::stdout()
@@ -60,10 +71,25 @@ fn clean(bundle: &Path, id: &str) -> DeleteResponse {
     } else if let Some(container) = facts.containers.get(id)
         && !facts.removed.contains(id)
     {
-        clean_container(id, container, Instant::now() + LOGGERS_WITHIN);
+        clean_containers(&[(id, container)]);
         unmount_rootfs(bundle);
     }
     facts.answer(id)
+}
+
+/// The socket that `start` binds for this id before there is a journal: if it
+/// was killed then, nobody answers there.
+fn remove_unanswered(flags: &Flags, bundle: &Path) {
+    if bundle.join(POD_LINK).symlink_metadata().is_ok() {
+        return;
+    }
+    let spec = Spec::read(bundle).unwrap_or_default();
+    let group = spec.group(&flags.id);
+    let dir = Path::new(socket::DEFAULT_DIR);
+    let path = socket::path(dir, &flags.address, &flags.namespace, group);
+    if path.exists() {
+        remove_socket(&path);
+    }
 }
 
 /// The journal, by subject.
@@ -170,15 +196,25 @@ impl Facts {
     }
 }
 
+/// What `start` leaves that fails after its server was up: nobody runs `delete`
+/// then, containerd only removes the bundle. The server is dead.
+pub fn undo(bundle: &Path) {
+    let facts = Facts::gather(Journal::read(&bundle.join(journal::NAME)));
+    clean_pod(bundle, &facts);
+}
+
 fn clean_pod(bundle: &Path, facts: &Facts) {
     if let Some(shim) = facts.shim.and_then(|(pid, start)| proc::open(pid, start)) {
         if answers(facts) {
-            if facts.left().next().is_none() {
-                // On its way out, or never used: it goes cleanly.
-                let _gone = casemate_sys::signal::pidfd_send_signal(shim.as_fd(), libc::SIGTERM);
-                proc::wait(&shim, PROBE_WITHIN);
+            // The agent's own entry has no name.
+            if facts.left().any(|(id, _)| !id.is_empty()) {
+                return;
             }
-            return;
+            // On its way out, or never used: it goes cleanly.
+            let _gone = casemate_sys::signal::pidfd_send_signal(shim.as_fd(), libc::SIGTERM);
+            if proc::wait(&shim, PROBE_WITHIN) {
+                return;
+            }
         }
         end(&shim, "shim");
     }
@@ -187,9 +223,13 @@ fn clean_pod(bundle: &Path, facts: &Facts) {
             end(&agent, "agent");
         }
     }
-    let until = Instant::now() + LOGGERS_WITHIN;
-    for (id, container) in facts.left() {
-        clean_container(id, container, until);
+    let left: Vec<_> = facts.left().map(|(id, c)| (id.as_str(), c)).collect();
+    let gone = clean_containers(&left);
+    for container in facts.containers.values() {
+        // A parent that one of them made is free only when all have gone.
+        casemate_cgroup::remove_empty(&container.cgroups);
+    }
+    for (_, container) in &left {
         if let Some(bundle) = &container.bundle {
             unmount_rootfs(bundle);
         }
@@ -199,15 +239,56 @@ fn clean_pod(bundle: &Path, facts: &Facts) {
         remove_socket(socket);
     }
     if let Ok(journal) = Journal::open(bundle) {
-        for (id, _) in facts.left() {
+        for id in gone {
             // If this can't be written, the next delete does the work again.
-            let _again = journal.record(Entry::Removed(id.clone()));
+            let _again = journal.record(Entry::Removed(id.to_owned()));
         }
     }
 }
 
-fn clean_container(id: &str, container: &Container, until: Instant) {
-    kill_cgroups(id, container);
+/// Kills everything first, so that all die together; then takes away what they
+/// were in. The ids of those of which nothing is left.
+fn clean_containers<'a>(left: &[(&'a str, &Container)]) -> Vec<&'a str> {
+    let cgroups: Vec<Cgroup> = left.iter().map(|(_, c)| Cgroup::open(&c.cgroups)).collect();
+    for ((id, container), cgroup) in left.iter().zip(&cgroups) {
+        if !container.cgroups.is_empty()
+            && let Err(error) = cgroup.kill(libc::SIGKILL, &[])
+        {
+            warn(&format!("kill container {id}: {error}"));
+        }
+    }
+    let until = Instant::now() + LOGGERS_WITHIN;
+    for (_, container) in left {
+        end_loggers(container, until);
+    }
+    let until = Instant::now() + FREE_WITHIN;
+    let mut gone = Vec::new();
+    for ((id, _), cgroup) in left.iter().zip(&cgroups) {
+        match cgroup.remove(until.saturating_duration_since(Instant::now())) {
+            Ok(()) => gone.push(*id),
+            Err(error) => warn(&format!("remove the cgroup of container {id}: {error}")),
+        }
+    }
+    for (_, container) in left {
+        let scope = container.scope.as_ref();
+        if let Some(Ok(scope)) = scope.map(|(slice, unit)| Scope::named(slice, unit))
+            && let Err(error) = systemd::stop(&scope, STOP_WITHIN)
+        {
+            warn(&error.to_string());
+        }
+    }
+    // The last hooks last: they may take their time.
+    for (id, container) in left {
+        if let Some(bundle) = &container.bundle {
+            for problem in crate::sandbox::after_death(bundle, id) {
+                warn(&problem);
+            }
+        }
+    }
+    gone
+}
+
+fn end_loggers(container: &Container, until: Instant) {
     for (pid, start) in &container.loggers {
         let Some(logger) = proc::open(*pid, *start) else {
             continue;
@@ -220,30 +301,6 @@ fn clean_container(id: &str, container: &Container, until: Instant) {
             end(&logger, "logging binary");
         }
     }
-    if let Some(bundle) = &container.bundle {
-        for problem in crate::sandbox::after_death(bundle, id) {
-            warn(&problem);
-        }
-    }
-}
-
-fn kill_cgroups(id: &str, container: &Container) {
-    if container.cgroups.is_empty() {
-        return;
-    }
-    let cgroup = Cgroup::open(&container.cgroups);
-    if let Err(error) = cgroup.kill(libc::SIGKILL, &[]) {
-        warn(&format!("kill container {id}: {error}"));
-    }
-    if let Err(error) = cgroup.remove(KILL_WITHIN) {
-        warn(&format!("remove the cgroup of container {id}: {error}"));
-    }
-    let scope = container.scope.as_ref();
-    if let Some(Ok(scope)) = scope.map(|(slice, unit)| Scope::named(slice, unit))
-        && let Err(error) = systemd::stop(&scope, STOP_WITHIN)
-    {
-        warn(&error.to_string());
-    }
 }
 
 fn end(pidfd: &OwnedFd, what: &str) {
@@ -254,17 +311,9 @@ fn end(pidfd: &OwnedFd, what: &str) {
     }
 }
 
-/// A socket path is reused by the next shim of the group: only one that
-/// nobody listens on any more goes.
 fn remove_socket(path: &Path) {
-    if UnixStream::connect(path).is_ok() {
-        return;
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            warn(&format!("remove {}: {error}", path.display()));
-        }
-        _ => {}
+    if let Err(error) = socket::remove_stale(path) {
+        warn(&format!("remove {}: {error}", path.display()));
     }
 }
 
@@ -305,7 +354,7 @@ fn probe(socket: &Path) -> io::Result<()> {
     frame.extend([1, 0]);
     frame.extend(request);
 
-    let mut stream = UnixStream::connect(socket)?;
+    let mut stream = super::socket::connect(socket, PROBE_WITHIN)?;
     stream.set_read_timeout(Some(PROBE_WITHIN))?;
     stream.set_write_timeout(Some(PROBE_WITHIN))?;
     stream.write_all(&frame)?;

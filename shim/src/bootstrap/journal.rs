@@ -6,8 +6,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -109,6 +110,8 @@ impl Entry {
 #[derive(Debug)]
 pub struct Journal {
     file: File,
+    /// The last line was cut short (a full disk): the next begins a new one.
+    torn: AtomicBool,
 }
 
 impl Journal {
@@ -120,14 +123,19 @@ impl Journal {
             .mode(0o600)
             .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
             .open(bundle.join(NAME))?;
-        Ok(Journal { file })
+        let torn = AtomicBool::new(!ends_with_a_line(&bundle.join(NAME)));
+        Ok(Journal { file, torn })
     }
 
     /// Appends one entry. Call it before the effect that it names.
     pub fn record(&self, entry: Entry) -> io::Result<()> {
         let mut line = serde_json::to_vec(&entry)?;
         line.push(b'\n');
+        if self.torn.load(Ordering::Relaxed) {
+            line.insert(0, b'\n');
+        }
         let written = (&self.file).write(&line)?;
+        self.torn.store(written != line.len(), Ordering::Relaxed);
         if written != line.len() {
             return Err(io::Error::new(
                 io::ErrorKind::WriteZero,
@@ -149,6 +157,21 @@ impl Journal {
             .filter_map(|line| serde_json::from_slice(line).ok())
             .collect()
     }
+}
+
+/// Whether the file is empty, or its last byte ends a line.
+fn ends_with_a_line(path: &Path) -> bool {
+    let last = || -> io::Result<Option<u8>> {
+        let file = File::open(path)?;
+        let length = file.metadata()?.len();
+        let mut byte = [0];
+        if length == 0 {
+            return Ok(None);
+        }
+        file.read_exact_at(&mut byte, length - 1)?;
+        Ok(Some(byte[0]))
+    };
+    matches!(last(), Ok(None | Some(b'\n')))
 }
 
 #[cfg(test)]
@@ -213,6 +236,23 @@ mod tests {
             std::fs::write(&path, &whole[..cut]).unwrap();
             assert_eq!(Journal::read(&path), all[..all.len() - 1]);
         }
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn what_follows_a_torn_line_is_not_lost_with_it() {
+        let dir = scratch("after-torn");
+        std::fs::write(dir.join(NAME), b"{\"socket\":\"/a\"}\n{\"socket\":\"/b").unwrap();
+        let journal = Journal::open(&dir).unwrap();
+        journal.record(Entry::Removed("x".into())).unwrap();
+        journal.record(Entry::Removed("y".into())).unwrap();
+        let read = Journal::read(&dir.join(NAME));
+        let want = [
+            Entry::Socket("/a".into()),
+            Entry::Removed("x".into()),
+            Entry::Removed("y".into()),
+        ];
+        assert_eq!(read, want);
         std::fs::remove_dir_all(dir).unwrap();
     }
 

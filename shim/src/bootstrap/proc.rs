@@ -33,6 +33,47 @@ fn parse_stat(stat: &str) -> Option<u64> {
     fields.nth(22 - 4)?.parse().ok()
 }
 
+/// The exit status of a process that has ended and hasn't been reaped: exit
+/// code, or 128 + signal. `None` while it runs, and when it has been reaped.
+pub fn ended(pid: u32) -> Option<u32> {
+    parse_ended(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn parse_ended(stat: &str) -> Option<u32> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_ascii_whitespace();
+    if !matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    // The last field, 52, is as wait(2) has it: code in the second byte, or the
+    // signal in the first.
+    let raw: u32 = fields.nth(52 - 4)?.parse().ok()?;
+    match raw & 0x7f {
+        0 => Some(raw >> 8 & 0xff),
+        signal => Some(128 + signal),
+    }
+}
+
+/// Whether every thread of a process is on its way out of the kernel, or gone:
+/// none will run its own code any more. The first process of a pid namespace
+/// stays like that until all others of the namespace have been reaped.
+pub fn is_leaving(pid: u32) -> bool {
+    const PF_EXITING: u64 = 4;
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return true;
+    };
+    threads.flatten().all(|thread| {
+        let flags = std::fs::read_to_string(thread.path().join("stat"))
+            .ok()
+            .and_then(|stat| {
+                let (_, rest) = stat.rsplit_once(')')?;
+                // Field 9; what follows the name begins with 3.
+                rest.split_ascii_whitespace().nth(9 - 3)?.parse().ok()
+            });
+        flags.is_none_or(|flags: u64| flags & PF_EXITING != 0)
+    })
+}
+
 /// A process that is certainly the one written down.
 pub fn open(pid: u32, start: u64) -> Option<OwnedFd> {
     let raw = Pid::from_raw(i32::try_from(pid).ok()?)?;
@@ -87,6 +128,26 @@ mod tests {
         assert_eq!(parse_stat(&stat("S")), Some(4711));
         assert_eq!(parse_stat(&stat("Z")), None);
         assert_eq!(parse_stat("7 (a"), None);
+    }
+
+    #[test]
+    fn the_status_of_what_has_ended_is_read_from_its_last_field() {
+        let tail = |status: &str| {
+            let middle = vec!["0"; 51 - 3].join(" ");
+            format!("{middle} {status}")
+        };
+        let stat = |state: &str, status: &str| format!("7 (a) {state} {}", tail(status));
+        assert_eq!(parse_ended(&stat("Z", "768")), Some(3));
+        assert_eq!(parse_ended(&stat("Z", "9")), Some(137));
+        assert_eq!(parse_ended(&stat("Z", "139")), Some(139), "core dumped");
+        assert_eq!(parse_ended(&stat("S", "0")), None);
+        assert_eq!(parse_ended("7 (a) Z"), None);
+    }
+
+    #[test]
+    fn only_what_is_gone_is_leaving() {
+        assert!(!is_leaving(std::process::id()));
+        assert!(is_leaving(0));
     }
 
     #[test]

@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
@@ -29,6 +30,9 @@ use crate::service;
 
 /// How long events may still be handed over before the shim ends.
 const DRAIN: Duration = Duration::from_secs(5);
+/// containerd connects as soon as `start` has answered. A shim that nobody has
+/// connected to by then is one whose `start` was killed: nobody knows of it.
+const WANTED_WITHIN: Duration = Duration::from_secs(30);
 /// For the reply to Shutdown to leave: the one thread runs all that is ready,
 /// the connection's writer among it, before it looks at timers.
 const LAST_REPLY: Duration = Duration::from_millis(1);
@@ -42,8 +46,12 @@ pub fn run(flags: &Flags) -> Result<(), String> {
         Err(error) => ready.write_all(one_line(error).as_bytes()),
     };
     drop(ready);
-    told.map_err(|error| format!("tell start that the shim is ready: {error}"))?;
     let prepared = prepared?;
+    if let Err(error) = told {
+        // Nobody knows of this shim, or ever will.
+        remove_socket(&prepared.socket);
+        return Err(format!("tell start that the shim is ready: {error}"));
+    }
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -55,10 +63,14 @@ pub fn run(flags: &Flags) -> Result<(), String> {
     if let Err(error) = &served {
         log::error!("{error}");
     }
-    if let Err(error) = std::fs::remove_file(&socket) {
+    remove_socket(&socket);
+    served
+}
+
+fn remove_socket(socket: &Path) {
+    if let Err(error) = std::fs::remove_file(socket) {
         log::warn!("remove {}: {error}", socket.display());
     }
-    served
 }
 
 struct Prepared {
@@ -150,7 +162,8 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
     let listener = UnixListener::from_std(prepared.listener)
         .map_err(|error| format!("watch the listening socket: {error}"))?;
     // ttrpc panics at its end when this stream can end.
-    let connections = connections(listener).chain(futures::stream::pending());
+    let wanted = Arc::new(AtomicBool::new(false));
+    let connections = connections(listener, wanted.clone()).chain(futures::stream::pending());
     let mut server = Server::new()
         .register_service(service::services(pod.clone(), sandbox::has_api()))
         .add_listener(Listener::new(connections));
@@ -163,6 +176,7 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
 
     tokio::select! {
         () = pod.may_leave() => {}
+        () = unwanted(wanted) => log::warn!("pod {}: nobody connects: leaving", prepared.pod_id),
         _ = terminate.recv() => pod.end_all().await,
         _ = interrupt.recv() => pod.end_all().await,
     }
@@ -173,12 +187,26 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
     Ok(())
 }
 
+/// Resolves when nobody has connected for too long.
+async fn unwanted(wanted: Arc<AtomicBool>) {
+    tokio::time::sleep(WANTED_WITHIN).await;
+    if wanted.load(Ordering::Relaxed) {
+        futures::future::pending::<()>().await;
+    }
+}
+
 /// Accepted connections of our own user; anybody else is hung up on.
-fn connections(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> + Send {
-    futures::stream::unfold(listener, |listener| async move {
+fn connections(
+    listener: UnixListener,
+    wanted: Arc<AtomicBool>,
+) -> impl Stream<Item = io::Result<UnixStream>> + Send {
+    futures::stream::unfold((listener, wanted), |(listener, wanted)| async move {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) if is_same_user(&stream) => return Some((Ok(stream), listener)),
+                Ok((stream, _)) if is_same_user(&stream) => {
+                    wanted.store(true, Ordering::Relaxed);
+                    return Some((Ok(stream), (listener, wanted)));
+                }
                 Ok(_) => log::warn!("connection of another user refused"),
                 Err(error) => {
                     // Out of descriptors, most likely: later there may be some.

@@ -2,8 +2,9 @@
 
 use std::fs::{DirBuilder, File, Permissions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -98,16 +99,54 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 
 /// Whether somebody listens. A full backlog is somebody.
 fn answers(path: &Path) -> bool {
-    let attempt = || -> Result<(), Errno> {
-        let socket = rustix::net::socket_with(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )?;
-        rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)
+    matches!(try_connect(path), Ok(_) | Err(Errno::AGAIN))
+}
+
+fn try_connect(path: &Path) -> Result<OwnedFd, Errno> {
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// Connects within `limit`. A blocking connect(2) would wait for ever for a
+/// listener that is stopped and whose backlog is full.
+pub fn connect(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let until = Instant::now() + limit;
+    loop {
+        match try_connect(path) {
+            Err(Errno::AGAIN) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(error.into()),
+            Ok(socket) => {
+                let stream = UnixStream::from(socket);
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+        }
+    }
+}
+
+/// Removes a socket that nobody listens on any more; its path may be the next
+/// shim's already. A missing one is fine.
+pub fn remove_stale(path: &Path) -> io::Result<()> {
+    let Some(dir) = path.parent().filter(|dir| dir.is_dir()) else {
+        return Ok(());
     };
-    matches!(attempt(), Ok(()) | Err(Errno::AGAIN))
+    // Whoever is about to listen there holds it.
+    let _lock = lock(dir)?;
+    if answers(path) {
+        return Ok(());
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Holds the directory's lock for the life of the answer. A holder that is

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::shim::oci::Options;
@@ -19,6 +19,7 @@ use rustix::pipe::PipeFlags;
 use rustix::thread::CoreSchedulingScope;
 
 use super::daemon;
+use super::delete;
 use super::flags::Flags;
 use super::proc;
 use super::socket::{self, Claim};
@@ -32,6 +33,8 @@ pub const READY: &[u8] = b"+";
 const STDIN_MAX: u64 = 10 << 20;
 /// How long the server may take to say that it is ready.
 const READY_WITHIN: Duration = Duration::from_secs(5);
+/// For a killed server to leave the process table.
+const GONE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Runs the action. The error is the one line that containerd shows.
 pub fn run(flags: &Flags) -> Result<(), String> {
@@ -48,26 +51,29 @@ pub fn run(flags: &Flags) -> Result<(), String> {
         socket::claim(&path).map_err(|error| format!("bind {}: {error}", path.display()))?;
     let finish = || -> Result<(), String> {
         socket::write_address(&bundle, &address)
-            .map_err(|error| format!("write {}/address: {error}", bundle.display()))
+            .map_err(|error| format!("write {}/address: {error}", bundle.display()))?;
+        let answer = Answer::choose(&stdin, &spec, daemon::major()).encode(&address)?;
+        io::stdout()
+            .write_all(&answer)
+            .map_err(|error| format!("print the address: {error}"))
     };
     match claim {
-        Claim::Theirs => finish()?,
+        Claim::Theirs => finish(),
         Claim::Ours(listener) => {
             let pod_id = spec.pod_id(&flags.id);
+            // A shim of which nobody is told (a daemon that died meanwhile
+            // reads no answer) would run for ever.
             let served = spawn(flags, &stdin, listener, &path, pod_id)
                 .and_then(|mut server| finish().inspect_err(|_| end(&mut server)));
-            if let Err(error) = served {
+            if served.is_err() {
+                delete::undo(&bundle);
                 // Nothing to be done about a socket that can't be removed:
                 // the next start replaces it.
                 let _stale = fs::remove_file(&path);
-                return Err(error);
             }
+            served
         }
     }
-    let answer = Answer::choose(&stdin, &spec, daemon::major()).encode(&address)?;
-    io::stdout()
-        .write_all(&answer)
-        .map_err(|error| format!("print the address: {error}"))
 }
 
 /// What the bundle says. One without `config.json` is of the sandbox API.
@@ -282,9 +288,12 @@ fn spawn(
 }
 
 fn end(server: &mut std::process::Child) {
-    // Both fail only if it has gone already.
+    // It fails only if it has gone already.
     let _gone = server.kill();
-    let _reaped = server.wait();
+    let until = Instant::now() + GONE_WITHIN;
+    while matches!(server.try_wait(), Ok(None)) && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 fn await_ready(ready: OwnedFd) -> Result<(), String> {

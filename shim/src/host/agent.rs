@@ -19,6 +19,7 @@ use super::Step;
 use super::ids::{IdRange, map_agent};
 use super::network::Network;
 use super::staging::Staging;
+use crate::bootstrap::proc;
 use crate::sandbox::SandboxError;
 
 /// The running agent.
@@ -55,6 +56,7 @@ pub fn start(
     };
     let namespaces = kind::USER | kind::MOUNT | kind::PID | kind::IPC | kind::UTS;
     let locks = range.agent_locks();
+    range.lend();
     let forked = network.inside(|| {
         staging
             .inside(|| {
@@ -68,12 +70,21 @@ pub fn start(
                 Ok(forked)
             })
             .map_err(|e| no_namespaces(&e))
-    })?;
+    });
+    let forked = forked.inspect_err(|_| range.give_back())?;
     let Fork::Parent(pid, pidfd) = forked else {
         return Err(SandboxError::Failed("fork agent: on the wrong side".into()));
     };
-    map_agent(pid, range).step("map ids of", "agent")?;
-    message::send(&go, b"g", &[]).step("start", "agent")?;
+    let begun = map_agent(pid, range)
+        .step("map ids of", "agent")
+        .and_then(|()| message::send_now(&go, b"g", &[]).step("start", "agent"));
+    if let Err(error) = begun {
+        if proc::kill(&pidfd, PATIENCE) {
+            range.give_back();
+        }
+        let _ = process::try_wait(&pidfd);
+        return Err(error);
+    }
     Ok(Agent {
         channel: Channel::new(ours),
         pid,
@@ -90,7 +101,7 @@ pub fn configure(agent: &Agent, plan: &PodPlan) -> Result<(), SandboxError> {
     let sealed = seal_plan(plan).map_err(|e| failed(e.to_string()))?;
     agent
         .channel
-        .send(&ToAgent::Configure, &[sealed.as_fd()])
+        .send_now(&ToAgent::Configure, &[sealed.as_fd()])
         .map_err(|e| ended_early(agent, failed(e.to_string())))
 }
 

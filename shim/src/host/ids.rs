@@ -11,8 +11,9 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use casemate_spec::config::Ids;
@@ -33,9 +34,30 @@ const HANDOVER: Duration = Duration::from_secs(1);
 pub struct IdRange {
     base: u32,
     container_root: u32,
-    _locks: Vec<File>,
+    locks: Vec<File>,
     agent_locks: Vec<OwnedFd>,
+    files: Vec<PathBuf>,
+    lent: AtomicBool,
 }
+
+impl Drop for IdRange {
+    fn drop(&mut self) {
+        if self.lent.load(Ordering::Relaxed) {
+            return;
+        }
+        for file in &self.files {
+            // Locked by us, so it is the file that others would lock.
+            if let Err(error) = fs::remove_file(file) {
+                log::warn!("remove {}: {error}", file.display());
+            }
+        }
+    }
+}
+
+/// A range may look taken for the moment in which somebody removes a lock file
+/// that is no longer held.
+const PASSES: u32 = 10;
+const BETWEEN_PASSES: Duration = Duration::from_millis(10);
 
 impl IdRange {
     /// Takes a free range. `chosen` is the containers' first id, where it isn't
@@ -46,11 +68,16 @@ impl IdRange {
             .mode(0o700)
             .create(directory)
             .step("make directory", directory.display().to_string())?;
-        let (mut locks, mut agent_locks) = (Vec::new(), Vec::new());
+        let mut range = IdRange {
+            base: 0,
+            container_root: 0,
+            locks: Vec::new(),
+            agent_locks: Vec::new(),
+            files: Vec::new(),
+            lent: AtomicBool::new(false),
+        };
         for block in chosen.into_iter().flat_map(blocks) {
-            let (lock, agent) = take_over(directory, block)?;
-            locks.push(lock);
-            agent_locks.push(agent);
+            range.hold(take_over(directory, block)?);
         }
         // Start anywhere: a freed range isn't handed out again at once, and
         // concurrent shims seldom try the same one.
@@ -58,28 +85,45 @@ impl IdRange {
         rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
             .step("get random bytes", "")?;
         let start = u32::from_ne_bytes(seed) % ids.count.max(1);
-        for i in 0..ids.count {
-            let slot = (start + i) % ids.count;
-            // Named after its first id: a change of `base` can't hand out a
-            // living pod's ids under another number.
-            let base = ids.base + slot * ids.size;
-            let Some((lock, agent)) = try_both(directory, base)? else {
-                continue;
-            };
-            locks.push(lock);
-            agent_locks.push(agent);
-            return Ok(IdRange {
-                base,
-                container_root: chosen.unwrap_or(base + 1),
-                _locks: locks,
-                agent_locks,
-            });
+        for pass in 1..=PASSES {
+            for i in 0..ids.count {
+                let slot = (start + i) % ids.count;
+                // Named after its first id: a change of `base` can't hand out a
+                // living pod's ids under another number.
+                let base = ids.base + slot * ids.size;
+                let Some(both) = try_both(directory, base)? else {
+                    continue;
+                };
+                range.hold(both);
+                range.base = base;
+                range.container_root = chosen.unwrap_or(base + 1);
+                return Ok(range);
+            }
+            if pass < PASSES {
+                std::thread::sleep(BETWEEN_PASSES);
+            }
         }
         Err(SandboxError::Failed(format!(
             "take an id range: all {} are in use (ids.count in config.toml); \
              raise ids.count or run fewer pods on this node",
             ids.count
         )))
+    }
+
+    fn hold(&mut self, both: Both) {
+        self.locks.push(both.shim);
+        self.agent_locks.push(both.agent);
+        self.files.extend(both.files);
+    }
+
+    /// From now on an agent may hold the range beyond our own life.
+    pub fn lend(&self) {
+        self.lent.store(true, Ordering::Relaxed);
+    }
+
+    /// The agent has ended, for certain.
+    pub fn give_back(&self) {
+        self.lent.store(false, Ordering::Relaxed);
     }
 
     /// Host id of the agent.
@@ -109,7 +153,7 @@ fn blocks(first: u32) -> impl Iterator<Item = u32> {
 
 /// Locks a block that somebody else gave this pod. Who had it before may be on
 /// the way out.
-fn take_over(directory: &Path, block: u32) -> Result<(File, OwnedFd), SandboxError> {
+fn take_over(directory: &Path, block: u32) -> Result<Both, SandboxError> {
     let begun = Instant::now();
     loop {
         if let Some(both) = try_both(directory, block)? {
@@ -126,30 +170,78 @@ fn take_over(directory: &Path, block: u32) -> Result<(File, OwnedFd), SandboxErr
     }
 }
 
-/// Locks the range from `first`, for the shim and for the agent.
-fn try_both(directory: &Path, first: u32) -> Result<Option<(File, OwnedFd)>, SandboxError> {
-    let Some(lock) = try_lock(directory, &format!("{first}.shim"))? else {
-        return Ok(None);
-    };
-    let agent = try_lock(directory, &format!("{first}.agent"))?;
-    Ok(agent.map(|agent| (lock, agent.into())))
+/// The two locks of a range, and their files.
+struct Both {
+    shim: File,
+    agent: OwnedFd,
+    files: [PathBuf; 2],
 }
 
-fn try_lock(directory: &Path, name: &str) -> Result<Option<File>, SandboxError> {
-    let path = directory.join(name);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .step("open lock", path.display().to_string())?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Some(file)),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
-        Err(e) => Err(e).step("lock", path.display().to_string()),
+/// Locks the range from `first`, for the shim and for the agent.
+fn try_both(directory: &Path, first: u32) -> Result<Option<Both>, SandboxError> {
+    let files = ["shim", "agent"].map(|kind| directory.join(format!("{first}.{kind}")));
+    let Some(shim) = try_lock(&files[0])? else {
+        return Ok(None);
+    };
+    let agent = try_lock(&files[1])?;
+    Ok(agent.map(|agent| Both {
+        shim,
+        agent: agent.into(),
+        files,
+    }))
+}
+
+/// Locks the file at `path`, making it where it isn't there. A lock counts only
+/// on the file that the path leads to: whoever holds it may remove the file.
+fn try_lock(path: &Path) -> Result<Option<File>, SandboxError> {
+    loop {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .step("open lock", path.display().to_string())?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) if is_at(&file, path) => return Ok(Some(file)),
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+            Err(e) => return Err(e).step("lock", path.display().to_string()),
+        }
     }
+}
+
+fn is_at(file: &File, path: &Path) -> bool {
+    let here = file.metadata().map(|m| (m.dev(), m.ino()));
+    let there = fs::symlink_metadata(path).map(|m| (m.dev(), m.ino()));
+    matches!((here, there), (Ok(here), Ok(there)) if here == there)
+}
+
+/// Removes the lock files in `directory` that nobody holds: what shims leave
+/// that were killed.
+pub fn sweep(directory: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        let is_lock = path
+            .extension()
+            .is_some_and(|kind| kind == "shim" || kind == "agent");
+        // Gone between our look and this: somebody else sweeps.
+        let Ok(file) = File::open(&path) else {
+            continue;
+        };
+        if is_lock
+            && rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+            && is_at(&file, &path)
+        {
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes the maps of user namespace A: 0 the agent, 1… the containers.
@@ -258,9 +350,15 @@ mod tests {
             size: 131_072,
         };
         let range = IdRange::take(&ids, None, &dir).unwrap();
+        range.lend();
         let agents = range.agent_locks()[0].try_clone().unwrap();
         drop(range);
         assert!(IdRange::take(&ids, None, &dir).is_err());
+        sweep(&dir).unwrap();
+        assert!(
+            IdRange::take(&ids, None, &dir).is_err(),
+            "swept from under its holder"
+        );
         drop(agents);
         assert!(IdRange::take(&ids, None, &dir).is_ok());
         fs::remove_dir_all(dir).unwrap();
@@ -294,10 +392,32 @@ mod tests {
             .iter()
             .map(|l| l.try_clone().unwrap())
             .collect();
+        pod.lend();
         drop(pod);
         assert!(take(65536).is_err());
         drop(agents);
         assert!(take(65536).is_ok());
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn lock_files_go_with_the_range_or_are_swept() {
+        let dir = scratch("files");
+        let ids = Ids {
+            base: 0x7000_0000,
+            count: 4,
+            size: 131_072,
+        };
+        let count = || fs::read_dir(&dir).unwrap().count();
+        let held = IdRange::take(&ids, None, &dir).unwrap();
+        let killed = IdRange::take(&ids, None, &dir).unwrap();
+        killed.lend();
+        drop(killed);
+        assert_eq!(count(), 4);
+        sweep(&dir).unwrap();
+        assert_eq!(count(), 2, "only the held ones stay");
+        drop(held);
+        assert_eq!(count(), 0);
         fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -9,6 +9,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use casemate_sys::ident;
 use casemate_sys::message;
@@ -18,7 +19,11 @@ use rustix::fs::{Mode, OFlags};
 
 use super::Step;
 use super::ids::CONTAINER_IDS;
+use crate::bootstrap::proc;
 use crate::sandbox::SandboxError;
+
+/// For a few system calls of a helper.
+const HELPER_WITHIN: Duration = Duration::from_secs(5);
 
 const LIMITS: [&str; 8] = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
 
@@ -36,8 +41,14 @@ pub fn make(agent: &OwnedFd) -> Result<OwnedFd, SandboxError> {
         Fork::Parent(_, pidfd) => {
             drop(theirs);
             let mut buffer = [0u8; 512];
-            let told = message::receive(&ours, &mut buffer, true);
-            let _ = process::wait(&pidfd);
+            let told = match proc::poll_in(&ours, HELPER_WITHIN) {
+                Ok(false) => Err(io::ErrorKind::TimedOut.into()),
+                _ => message::receive(&ours, &mut buffer, false),
+            };
+            if !proc::wait(&pidfd, HELPER_WITHIN) {
+                proc::kill(&pidfd, HELPER_WITHIN);
+            }
+            let _ = process::try_wait(&pidfd);
             match told.step("hear from", "user namespace helper")? {
                 Some((1, mut fds)) if fds.len() == 1 => fds
                     .pop()

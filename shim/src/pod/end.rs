@@ -1,19 +1,23 @@
 //! How a pod ends: stopped, shut down, or lost with its agent.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
 
 use super::life::Step;
 use super::process::Exited;
 use super::state::Phase;
 use super::task::{KILLED, Task};
 use super::{Pod, Slot};
-use crate::bootstrap::journal::Entry;
 use crate::sandbox::Sandbox;
 
 /// How long exits may still arrive after the agent has gone.
 const LAST_EXITS: Duration = Duration::from_millis(300);
-/// How long exits of killed containers may take.
+/// For containers that were being made meanwhile to be undone.
+const UNDONE_WITHIN: Duration = Duration::from_secs(2);
+/// How long the exits of killed containers may take, of all together.
 const KILLED_WITHIN: Duration = Duration::from_secs(1);
 
 impl Pod {
@@ -30,8 +34,14 @@ impl Pod {
         if !stopped && !tasks.is_empty() {
             log::error!("the agent has ended: so have {} containers", tasks.len());
         }
-        for task in tasks {
-            task.abandon_within(LAST_EXITS).await;
+        let (containers, pauses): (Vec<_>, Vec<_>) =
+            tasks.iter().partition(|task| task.container().is_some());
+        let ends = containers
+            .iter()
+            .map(|task| task.abandon_within(LAST_EXITS));
+        futures::future::join_all(ends).await;
+        for task in pauses {
+            task.abandon();
         }
         let status = if stopped { 0 } else { KILLED };
         // Awaited: nobody has asked for it by the sandbox API.
@@ -67,18 +77,24 @@ impl Pod {
 
     /// Kills every container and records their ends (SIGTERM).
     pub async fn end_all(&self) {
-        let tasks = self.close();
-        kill(&tasks).await;
-        for task in &tasks {
-            if let Some(container) = task.container() {
-                container.destroy().await;
+        let mut tasks = self.close();
+        self.end(&tasks).await;
+        let made = match &self.book().slot {
+            Slot::Made(sandbox) => Some(sandbox.clone()),
+            _ => None,
+        };
+        if let Some(sandbox) = made {
+            // What is being made fails without the agent, and undoes itself.
+            sandbox.kill().await;
+            let until = Instant::now() + UNDONE_WITHIN;
+            while !self.book().creating.is_empty() && Instant::now() < until {
+                tokio::time::sleep(Duration::from_millis(5)).await;
             }
-            if let Err(error) = self.journal.record(Entry::Removed(task.id.clone())) {
-                log::warn!(
-                    "container {}: write its removal to the journal: {error}",
-                    task.id
-                );
-            }
+            let known: BTreeSet<String> = tasks.iter().map(|task| task.id.clone()).collect();
+            let mut late = self.tasks();
+            late.retain(|task| !known.contains(&task.id));
+            self.end(&late).await;
+            tasks.extend(late);
         }
         // All containers are gone: so are the writers that loggers read from.
         let streams: Vec<_> = tasks
@@ -87,6 +103,16 @@ impl Pod {
             .filter_map(|process| process.streams())
             .collect();
         futures::future::join_all(streams.iter().map(|streams| streams.end_logger())).await;
+    }
+
+    async fn end(&self, tasks: &[Arc<Task>]) {
+        kill(tasks).await;
+        let containers = tasks.iter().filter_map(|task| task.container());
+        let ends = containers.map(|container| container.destroy());
+        futures::future::join_all(ends).await;
+        for task in tasks {
+            self.write_off(task);
+        }
     }
 
     /// Ends the sandbox, if there is one.
@@ -116,19 +142,21 @@ fn is_running(task: &Task) -> bool {
 /// Kills all of each container and waits until their ends are recorded.
 async fn kill(tasks: &[Arc<Task>]) {
     for task in tasks {
-        if let Some(container) = task.container()
-            && let Err(error) = container.kill_all(libc::SIGKILL)
-        {
+        let Some(container) = task.container() else {
+            continue;
+        };
+        if let Err(error) = container.kill_all(libc::SIGKILL) {
             log::warn!("container {}: kill: {error}", task.id);
         }
+        task.insist();
     }
+    let until = Instant::now() + KILLED_WITHIN;
     for task in tasks {
-        let limit = if task.container().is_some() {
-            KILLED_WITHIN
-        } else {
-            Duration::ZERO
+        let limit = match task.container() {
+            Some(_) => until,
+            None => Instant::now(),
         };
-        if tokio::time::timeout(limit, task.init.wait()).await.is_err() {
+        if timeout_at(limit, task.init.wait()).await.is_err() {
             task.abandon();
         }
     }

@@ -1,6 +1,7 @@
 //! The pod: its containers, its sandbox, and when the shim may go.
 
 mod end;
+mod late;
 pub mod life;
 mod oom;
 pub mod process;
@@ -188,13 +189,24 @@ impl Pod {
         })
     }
 
-    /// Drops the record of a container of which nothing is left.
-    pub fn remove(&self, id: &str) {
-        if let Err(error) = self.journal.record(Entry::Removed(id.to_owned())) {
-            log::warn!("container {id}: write its removal to the journal: {error}");
-        }
-        self.book().tasks.remove(id);
+    /// Drops the record of a container that has been destroyed.
+    pub fn remove(&self, task: &Task) {
+        self.write_off(task);
+        self.book().tasks.remove(&task.id);
         self.leave_if_idle();
+    }
+
+    /// Of a stand-in for pause nothing can be left; a container's own removal is
+    /// written when the kernel has let go of it.
+    fn write_off(&self, task: &Task) {
+        if task.container().is_none()
+            && let Err(error) = self.journal.record(Entry::Removed(task.id.clone()))
+        {
+            log::warn!(
+                "container {}: write its removal to the journal: {error}",
+                task.id
+            );
+        }
     }
 
     /// Shutdown: at once without containers, else after the last one. A pod of

@@ -175,6 +175,11 @@ impl Process {
         })
     }
 
+    /// The process for certain, once there is one.
+    pub fn pidfd(&self) -> Option<Arc<OwnedFd>> {
+        self.facts().pidfd.clone()
+    }
+
     /// The OCI process document of an exec.
     pub fn spec(&self) -> &[u8] {
         &self.spec

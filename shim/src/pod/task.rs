@@ -61,6 +61,8 @@ struct Book {
     paused: bool,
     /// Init was reaped; it is recorded after the last exec.
     init_exit: Option<Exited>,
+    /// Somebody sees to it that init's end is recorded.
+    insisting: bool,
 }
 
 impl Task {
@@ -173,6 +175,8 @@ impl Task {
         };
         let mut book = self.book();
         if let Err(error) = answer {
+            // Where the answer is only late, nothing may come to run by it.
+            let _gone = self.init.signal(libc::SIGKILL);
             self.not_started(&self.init);
             return Err(error.into());
         }
@@ -212,7 +216,7 @@ impl Task {
 
     /// Starts a claimed exec.
     pub async fn start_exec(
-        &self,
+        self: &Arc<Task>,
         process: &Arc<Process>,
         stdio: ChildStdio,
         streams: Arc<Streams>,
@@ -246,6 +250,7 @@ impl Task {
         let key = spawned.key;
         let master = spawned.pty.take();
         process.spawned(spawned);
+        self.watch_end(process);
         let attached = streams.attach(master);
         {
             let mut facts = process.facts();
@@ -306,9 +311,12 @@ impl Task {
 
     /// There is no process: no event, but a Wait that has its answer.
     fn not_started(&self, process: &Process) {
-        let next = process.facts().phase.on(Event::Failed);
+        let (next, parked) = {
+            let mut facts = process.facts();
+            (facts.phase.on(Event::Failed), facts.parked.take())
+        };
         if next == Next::To(Phase::Stopped) {
-            process.finish(Exited::now(NOT_STARTED));
+            process.finish(parked.unwrap_or_else(|| Exited::now(NOT_STARTED)));
         }
     }
 
@@ -354,11 +362,41 @@ impl Task {
         if let Some(oom) = &oom {
             oom.check();
         }
+        if self.anything_lives() {
+            // The forker is dead, or was cut off for what it said: what it
+            // would have reaped must not go on unseen.
+            container.cut_off();
+        }
         self.abandon();
         self.drained.send_replace(true);
         if let Some(watching) = watching {
             watching.abort();
         }
+    }
+
+    fn anything_lives(&self) -> bool {
+        let book = self.book();
+        self.init.exited().is_none() || book.execs.values().any(is_alive)
+    }
+
+    /// Whether the end of a process has been told, be it recorded or not.
+    pub(super) fn knows_end(&self, process: &Process) -> bool {
+        let book = self.book();
+        let facts = process.facts();
+        let known = facts.phase == Phase::Stopped || facts.parked.is_some();
+        known
+            || (process.exec_id.is_empty() && book.init_exit.is_some())
+            || facts.key.is_some_and(|key| book.early.contains_key(&key))
+    }
+
+    /// Records an end that was seen otherwise than through the forker.
+    pub(super) fn end_known(&self, process: &Arc<Process>, exited: Exited) {
+        self.settle(&mut self.book(), process, exited);
+    }
+
+    /// True for all but the first who ask.
+    pub(super) fn is_insisting(&self) -> bool {
+        std::mem::replace(&mut self.book().insisting, true)
     }
 
     /// Nothing more will be heard of this container: whatever still ran ends

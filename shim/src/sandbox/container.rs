@@ -8,28 +8,32 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use casemate_cgroup::{Attach, Cgroup};
-use casemate_protocol::plan::{MountSource, ProcessPlan};
+use casemate_protocol::plan::ProcessPlan;
 use casemate_protocol::{Channel, INIT_KEY, ToAgent, ToForker, seal_plan};
 use casemate_spec::{Config, HookSpec, ProcessSpec, Tightened};
-use casemate_sys::mount::attr;
 use casemate_sys::{message, process};
 use rustix::fs::{Mode, OFlags};
 
 use super::forker::{Forker, Reply, out_of_turn};
+use super::leftovers::Leftovers;
 use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-use super::{hooks, namespaces, place, users, verify};
+use super::{hooks, mounts, namespaces, place, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
+use crate::host::Step;
 use crate::host::hooks::Runner;
 use crate::host::scope::Holder;
 use crate::host::staging::Staging;
-use crate::host::{Step, bind, cgroup_view, dev, rootfs};
-use crate::plan::{self, Staged};
+use crate::plan;
 
 /// When a start is over and its code won't be needed for a while.
 const SETTLED: Duration = Duration::from_millis(200);
+
+/// How long the kernel may take to empty a cgroup whose processes were killed.
+/// What is busy for longer is left to the end of the pod, and to `delete`.
+const EMPTY_WITHIN: Duration = Duration::from_millis(600);
 
 /// One container of the pod.
 pub struct Container {
@@ -55,6 +59,9 @@ pub struct Container {
     hooks: hooks::Inside,
     /// The last hooks have had their turn.
     stopped: AtomicBool,
+    /// Nothing of it is left on the host.
+    gone: AtomicBool,
+    leftovers: Arc<Leftovers>,
 }
 
 /// Undoes what a failed create has made.
@@ -65,12 +72,13 @@ struct Undo<'a> {
 }
 
 impl Undo<'_> {
-    async fn run(&self) {
-        clean(self.cgroup, self.staging, self.directory).await;
+    async fn run(&self) -> bool {
+        clean(self.cgroup, self.staging, self.directory).await
     }
 }
 
-async fn clean(cgroup: &Cgroup, staging: &Staging, directory: &str) {
+/// True if nothing is left.
+async fn clean(cgroup: &Cgroup, staging: &Staging, directory: &str) -> bool {
     if cgroup.pids().map_or(true, |pids| !pids.is_empty())
         && let Err(e) = cgroup.kill(KILL, &[])
     {
@@ -79,7 +87,7 @@ async fn clean(cgroup: &Cgroup, staging: &Staging, directory: &str) {
     if let Err(e) = staging.remove(directory) {
         log::warn!("detach mounts of a container: {e}");
     }
-    place::remove(cgroup).await;
+    place::remove(cgroup, EMPTY_WITHIN).await
 }
 
 pub(super) async fn create(
@@ -112,15 +120,18 @@ pub(super) async fn create(
         staging: &pod.staging,
         directory: &directory,
     };
-    match launch(pod, &request, &spec, &filter, &cgroup, holder, &directory).await {
-        Ok(launched) => {
-            let (forker, forker_pid, forker_pidfd, spawned) = launched;
-            let init = spawned.pidfd.try_clone().step("copy", "pidfd")?;
-            let entry = Entry::Init {
-                container: request.id.clone(),
-                pid: spawned.pid,
-            };
-            record(&pod.journal, entry)?;
+    let launched = launch(pod, &request, &spec, &filter, &cgroup, holder, &directory).await;
+    let launched = launched.and_then(|(forker, forker_pid, forker_pidfd, spawned)| {
+        let init = spawned.pidfd.try_clone().step("copy", "pidfd")?;
+        let entry = Entry::Init {
+            container: request.id.clone(),
+            pid: spawned.pid,
+        };
+        record(&pod.journal, entry)?;
+        Ok((forker, forker_pid, forker_pidfd, spawned, init))
+    });
+    match launched {
+        Ok((forker, forker_pid, forker_pidfd, spawned, init)) => {
             let container = Container {
                 id: request.id,
                 spec,
@@ -141,16 +152,21 @@ pub(super) async fn create(
                 runner: pod.runner.clone(),
                 hooks: hooks::Inside::default(),
                 stopped: AtomicBool::new(false),
+                gone: AtomicBool::new(false),
+                leftovers: pod.leftovers.clone(),
             };
             Ok((Arc::new(container), spawned))
         }
         Err(e) => {
-            undo.run().await;
+            let gone = undo.run().await;
             let (id, bundle) = (request.id.as_str(), request.bundle.as_path());
             let state = hooks::state(&spec, id, bundle, "stopped", None);
             let runner = pod.runner.as_deref();
             hooks::on_node_or_warn(runner, &spec.hooks.poststop, &state, (id, bundle)).await;
-            let _ = record(&pod.journal, Entry::Removed(request.id.clone()));
+            pod.leftovers.note(&request.id, &cgroup, !gone);
+            if gone {
+                let _ = record(&pod.journal, Entry::Removed(request.id.clone()));
+            }
             Err(e)
         }
     }
@@ -175,7 +191,7 @@ async fn launch(
             log::warn!("container {}: {warning}", request.id);
         }
     }
-    let plan = stage(pod, request, spec, cgroup, directory)?;
+    let plan = mounts::stage(pod, request, spec, cgroup, directory)?;
     let sealed = seal_plan(&plan)
         .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
     let (ours, theirs) = message::pair().step("make", "socket pair")?;
@@ -198,7 +214,7 @@ async fn launch(
         .ready(|| {
             let mut fds = vec![theirs.as_fd(), sealed.as_fd(), pod.userns.as_fd()];
             fds.extend(files.iter().map(AsFd::as_fd));
-            let sent = pod.agent.channel.send(&ToAgent::Launch, &fds);
+            let sent = pod.agent.channel.send_now(&ToAgent::Launch, &fds);
             // Ours must not outlive the forker's, or its end is never seen.
             drop(theirs);
             sent.map_err(|e| SandboxError::Unavailable(format!("ask the agent: {e}")))
@@ -250,74 +266,6 @@ async fn launch(
 
 fn ended() -> SandboxError {
     SandboxError::Unavailable("the process has ended before its start".into())
-}
-
-/// Makes the mounts and puts them where the agent finds them.
-fn stage(
-    pod: &Sandbox,
-    request: &ContainerRequest,
-    spec: &Tightened,
-    cgroup: &Cgroup,
-    directory: &str,
-) -> Result<casemate_protocol::plan::LaunchPlan, SandboxError> {
-    let v2 = pod.hierarchy.is_v2();
-    let mut launch = plan::container(spec, &pod.config, directory, pod.landlock, v2)?;
-    let mut flags = attr::NODEV;
-    if spec.process.no_new_privs {
-        flags |= attr::NOSUID;
-    }
-    let root_path = request.bundle.join(&spec.root_path);
-    let root = rootfs::make(
-        &request.rootfs,
-        &root_path,
-        &rootfs::Owner {
-            userns: &pod.userns,
-            root_id: pod.range.container_root(),
-            chosen: pod.users.is_some(),
-        },
-        flags,
-        (&pod.staging, pod.config.kernel.older_ways),
-    )?;
-    let mut entries = vec![("rootfs".to_owned(), root)];
-    let mut controllers = Vec::new();
-    for (name, what) in &launch.staged {
-        let tree = match what {
-            Staged::Dev(options, attributes, devices) => {
-                dev::make(pod.range.container_root(), options, *attributes, devices)?
-            }
-            Staged::Sysfs => pod.network.sysfs(pod.config.kernel.older_ways)?,
-            Staged::CgroupV1 => {
-                controllers = cgroup_view::each(cgroup)?;
-                cgroup_view::base(&controllers).step("make", "/sys/fs/cgroup")?
-            }
-            Staged::Bind(mount) => {
-                let (tree, is_directory) = bind::open(mount, &pod.userns)?;
-                for entry in &mut launch.plan.mounts {
-                    if let MountSource::Staged {
-                        name: n, directory, ..
-                    } = &mut entry.source
-                        && n == name
-                    {
-                        *directory = is_directory;
-                    }
-                }
-                tree
-            }
-        };
-        entries.push((name.clone(), tree));
-    }
-    if let Some(shared) = &pod.shared {
-        shared.add(spec, &pod.staging, &mut launch.plan, &mut entries)?;
-    }
-    pod.staging
-        .attach(directory, &entries)
-        .step("stage mounts of", &request.id)?;
-    if !controllers.is_empty() {
-        pod.staging
-            .attach_below(&format!("{directory}/cgroup"), &controllers)
-            .step("stage cgroups of", &request.id)?;
-    }
-    Ok(launch.plan)
 }
 
 /// Makes a pipe the process' own, so that it can open /dev/stdout anew. Other
@@ -569,17 +517,33 @@ impl Container {
             .map_err(cgroup_error)
     }
 
+    /// Ends the container with its forker, whatever state that is in: the
+    /// channel closes, and no exit comes after the last one that was sent.
+    pub fn cut_off(&self) {
+        let _ = process::signal(&self.init, KILL);
+        let _ = process::signal(&self.forker_pidfd, KILL);
+        if let Err(e) = self.cgroup.kill(KILL, &[]) {
+            log::warn!("container {}: kill what is left: {e}", self.id);
+        }
+    }
+
     /// Kills what is left, removes cgroup and mounts. Bounded (1 s, and what the
     /// last hooks may take), never waits for agent or forker to answer, may be
-    /// called twice.
+    /// called twice. A cgroup that the kernel hasn't let go of is left for
+    /// the end of the pod.
     pub async fn destroy(&self) {
         let _ = process::signal(&self.init, KILL);
         let _ = process::signal(&self.forker_pidfd, KILL);
-        clean(&self.cgroup, &self.staging, &self.directory).await;
+        let gone = clean(&self.cgroup, &self.staging, &self.directory).await;
         if !self.stopped.swap(true, Ordering::Relaxed) {
             let hooks = &self.spec.hooks.poststop;
             self.hooks_on_node(hooks, "stopped", None).await;
         }
-        let _ = record(&self.journal, Entry::Removed(self.id.clone()));
+        if !self.gone.swap(gone, Ordering::Relaxed) {
+            self.leftovers.note(&self.id, &self.cgroup, !gone);
+            if gone {
+                let _ = record(&self.journal, Entry::Removed(self.id.clone()));
+            }
+        }
     }
 }

@@ -13,7 +13,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Exit, SandboxError};
 
-/// How long the other side may take for one answer.
+/// How long a request may take, its turn included. Nothing but the caller of
+/// this one request waits for it: what ends a container never asks the forker.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Answers to requests.
@@ -54,8 +55,14 @@ struct State {
     waiting: Waiting,
     /// Keys of processes whose exit is still to come.
     alive: HashSet<u32>,
+    /// Keys of requests that were given up: their answers may yet come.
+    late: HashSet<u32>,
+    /// Keys of processes whose exit interests nobody.
+    unwanted: HashSet<u32>,
     /// Key of the request under way.
     current: u32,
+    /// Nothing more comes from there.
+    closed: bool,
 }
 
 /// The channel to one forker.
@@ -64,6 +71,7 @@ pub struct Forker {
     state: Arc<Mutex<State>>,
     /// Serialises requests.
     turn: tokio::sync::Mutex<()>,
+    listening: tokio::task::JoinHandle<()>,
     exits: tokio::sync::Mutex<mpsc::UnboundedReceiver<Exit>>,
 }
 
@@ -77,11 +85,12 @@ impl Forker {
         let channel = Arc::new(crate::io::watch(channel, tokio::io::Interest::READABLE)?);
         let state = Arc::new(Mutex::new(State::default()));
         let (sender, receiver) = mpsc::unbounded_channel();
-        tokio::spawn(listen(channel.clone(), state.clone(), sender));
+        let listening = tokio::spawn(listen(channel.clone(), state.clone(), sender));
         Ok(Forker {
             channel,
             state,
             turn: tokio::sync::Mutex::new(()),
+            listening,
             exits: tokio::sync::Mutex::new(receiver),
         })
     }
@@ -120,7 +129,7 @@ impl Forker {
     fn send(&self, message: &ToForker, fds: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
         self.channel
             .get_ref()
-            .send(message, fds)
+            .send_now(message, fds)
             .map_err(|e| SandboxError::Unavailable(format!("ask the forker: {e}")))
     }
 
@@ -130,23 +139,32 @@ impl Forker {
         patience: Duration,
         ask: impl FnOnce() -> Result<(), SandboxError>,
     ) -> Result<Reply, SandboxError> {
-        let _turn = self.turn.lock().await;
+        let until = tokio::time::Instant::now() + patience;
+        let turn = tokio::time::timeout_at(until, self.turn.lock()).await;
+        let Ok(_turn) = turn else {
+            return Err(no_answer(patience));
+        };
         let (sender, receiver) = oneshot::channel();
         {
             let mut state = lock(&self.state);
+            if state.closed {
+                return Err(gone());
+            }
             state.waiting = Some(sender);
             state.current = key;
         }
-        ask()?;
-        match tokio::time::timeout(patience, receiver).await {
+        if let Err(error) = ask() {
+            lock(&self.state).waiting = None;
+            return Err(error);
+        }
+        match tokio::time::timeout_at(until, receiver).await {
             Ok(Ok(reply)) => reply,
             Ok(Err(_)) => Err(gone()),
             Err(_) => {
-                lock(&self.state).waiting = None;
-                Err(SandboxError::Unavailable(format!(
-                    "the container's forker gave no answer within {} s",
-                    patience.as_secs()
-                )))
+                let mut state = lock(&self.state);
+                state.waiting = None;
+                state.late.insert(key);
+                Err(no_answer(patience))
             }
         }
     }
@@ -155,6 +173,21 @@ impl Forker {
     pub async fn next_exit(&self) -> Option<Exit> {
         self.exits.lock().await.recv().await
     }
+}
+
+impl Drop for Forker {
+    fn drop(&mut self) {
+        // A forker that is made only now (by an agent that was stopped) finds
+        // its channel closed, and ends.
+        self.listening.abort();
+    }
+}
+
+fn no_answer(patience: Duration) -> SandboxError {
+    SandboxError::Unavailable(format!(
+        "the container's forker gave no answer within {} s",
+        patience.as_secs()
+    ))
 }
 
 fn gone() -> SandboxError {
@@ -189,10 +222,48 @@ async fn listen(
             }
         }
     }
-    if let Some(waiting) = lock(&state).waiting.take() {
+    let mut state = lock(&state);
+    state.closed = true;
+    if let Some(waiting) = state.waiting.take() {
         let _ = waiting.send(Err(gone()));
     }
     // Dropping the sender ends next_exit(), after what is queued.
+}
+
+/// The request that a message answers.
+fn answered(message: &FromForker) -> Option<u32> {
+    match message {
+        FromForker::Ready | FromForker::Waiting | FromForker::LaunchFailed { .. } => Some(ITSELF),
+        FromForker::Spawned { key }
+        | FromForker::Started { key }
+        | FromForker::SpawnFailed { key, .. } => Some(*key),
+        FromForker::Exited { .. } => None,
+    }
+}
+
+/// An answer that nobody waits for any more: the process it speaks of ends.
+fn take_back(
+    state: &mut State,
+    key: u32,
+    message: &FromForker,
+    pidfd: Option<OwnedFd>,
+) -> Result<(), &'static str> {
+    match message {
+        FromForker::Spawned { .. } => {
+            let pidfd = pidfd.ok_or("no pidfd")?;
+            let _gone = casemate_sys::process::signal(&pidfd, super::KILL);
+            state.unwanted.insert(key);
+        }
+        FromForker::SpawnFailed { .. } => {
+            state.alive.remove(&key);
+        }
+        FromForker::Ready
+        | FromForker::Waiting
+        | FromForker::LaunchFailed { .. }
+        | FromForker::Started { .. }
+        | FromForker::Exited { .. } => {}
+    }
+    Ok(())
 }
 
 fn handle(
@@ -203,7 +274,13 @@ fn handle(
 ) -> Result<(), &'static str> {
     let mut state = lock(state);
     let mut fds = fds.into_iter();
+    if let Some(key) = answered(&message)
+        && state.late.remove(&key)
+    {
+        return take_back(&mut state, key, &message, fds.next());
+    }
     let reply = match message {
+        FromForker::Exited { key, .. } if state.unwanted.remove(&key) => return Ok(()),
         FromForker::Exited { key, status } => {
             if !state.alive.remove(&key) {
                 return Err("exit of an unknown process");

@@ -5,6 +5,8 @@
 mod container;
 mod forker;
 mod hooks;
+mod leftovers;
+mod mounts;
 mod namespaces;
 mod place;
 mod shared;
@@ -14,7 +16,7 @@ mod verify;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use casemate_cgroup::{Cgroup, Hierarchy, Stats};
 use casemate_spec::{Config, Context, Tightened};
@@ -30,6 +32,7 @@ use crate::host::network::Network;
 use crate::host::staging::Staging;
 use crate::host::{Step, dev, userns};
 use crate::plan;
+use leftovers::Leftovers;
 
 pub use container::Container;
 pub use hooks::after_death;
@@ -181,7 +184,14 @@ pub struct Sandbox {
     shared: Option<Shared>,
     /// Names staging directories; ids of containers aren't file names we chose.
     next: Mutex<u32>,
+    /// What containers couldn't take away.
+    leftovers: Arc<Leftovers>,
 }
+
+/// For the agent to end after SIGKILL, and everything in the pod with it.
+const AGENT_GONE_WITHIN: Duration = Duration::from_secs(2);
+/// For the cgroups of a dead pod to become free.
+const CGROUPS_FREE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Environment variable with another path for config.toml.
 const CONFIG_VARIABLE: &str = "CASEMATE_CONFIG";
@@ -290,7 +300,12 @@ impl Sandbox {
         let shim = std::env::current_exe().step("find", "the shim's own binary")?;
         let binary = config.sandbox.agent_path(&shim);
         let made = agent::start(&binary, &range, &network, &staging, &cgroup).and_then(|agent| {
-            let pod = plan::pod(&spec, &request.pod_id, landlock).and_then(|plan| {
+            let entry = Entry::Agent {
+                pid: agent.pid,
+                start_time: proc::start_time(agent.pid).unwrap_or(0),
+            };
+            let pod = record(&journal, entry).and_then(|()| {
+                let plan = plan::pod(&spec, &request.pod_id, landlock)?;
                 agent::configure(&agent, &plan)?;
                 let userns =
                     userns::make(&agent.pidfd).map_err(|e| agent::ended_early(&agent, e))?;
@@ -300,7 +315,9 @@ impl Sandbox {
             match pod {
                 Ok(userns) => Ok((agent, userns)),
                 Err(e) => {
-                    end(&agent);
+                    if end(&agent) {
+                        range.give_back();
+                    }
                     Err(e)
                 }
             }
@@ -310,21 +327,12 @@ impl Sandbox {
         let (agent, userns) = match made {
             Ok(made) => made,
             Err(e) => {
-                let gone = cgroup.remove(std::time::Duration::from_millis(200));
-                if gone.is_ok() {
+                if cgroup.remove(Duration::from_millis(200)).is_ok() {
                     let _ = record(&journal, Entry::Removed(String::new()));
                 }
                 return Err(e);
             }
         };
-        let start_time = proc::start_time(agent.pid).unwrap_or(0);
-        record(
-            &journal,
-            Entry::Agent {
-                pid: agent.pid,
-                start_time,
-            },
-        )?;
         Ok(Arc::new(Sandbox {
             config,
             hierarchy,
@@ -341,6 +349,7 @@ impl Sandbox {
             runner,
             shared,
             next: Mutex::new(0),
+            leftovers: Arc::default(),
         }))
     }
 
@@ -396,33 +405,68 @@ impl Sandbox {
         container::create(self, request).await
     }
 
-    /// Kills everything of the pod and removes what is left on the host.
-    pub async fn stop(&self) {
+    /// Kills the agent, and so everything of the pod. Requests that wait for
+    /// something inside fail by that.
+    pub async fn kill(&self) {
         let _ = casemate_sys::process::signal(&self.agent.pidfd, KILL);
-        self.lost().await;
+        if tokio::time::timeout(AGENT_GONE_WITHIN, self.lost())
+            .await
+            .is_err()
+        {
+            log::error!("the agent is killed, but not gone after {AGENT_GONE_WITHIN:?}");
+        }
         reap(&self.agent.pidfd);
         let _ = self.cgroup.kill(KILL, &[]);
-        place::remove(&self.cgroup).await;
-        let _ = record(&self.journal, Entry::Removed(String::new()));
+    }
+
+    /// Kills everything of the pod and removes what is left on the host.
+    pub async fn stop(&self) {
+        self.kill().await;
+        let until = tokio::time::Instant::now() + CGROUPS_FREE_WITHIN;
+        for (id, dirs) in self.leftovers.take() {
+            let left = until.saturating_duration_since(tokio::time::Instant::now());
+            if place::remove(&Cgroup::open(&dirs), left).await {
+                let _ = record(&self.journal, Entry::Removed(id));
+            }
+        }
+        let left = until.saturating_duration_since(tokio::time::Instant::now());
+        let agents = place::remove(&self.cgroup, left).await;
+        casemate_cgroup::remove_empty(&self.leftovers.parents());
+        if agents {
+            let _ = record(&self.journal, Entry::Removed(String::new()));
+        }
+        if is_ready(&self.agent.pidfd) {
+            self.range.give_back();
+        }
+    }
+
+    /// Whether something of the container with this id couldn't be removed.
+    pub fn is_left_behind(&self, id: &str) -> bool {
+        self.leftovers.has(id)
     }
 }
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        end(&self.agent);
+        if end(&self.agent) {
+            self.range.give_back();
+        }
     }
 }
 
 const KILL: i32 = 9;
 
-fn end(agent: &Agent) {
-    let _ = casemate_sys::process::signal(&agent.pidfd, KILL);
+/// Kills an agent that nobody will ask for anything any more.
+/// True if it has gone.
+fn end(agent: &Agent) -> bool {
+    let gone = proc::kill(&agent.pidfd, AGENT_GONE_WITHIN);
     reap(&agent.pidfd);
+    gone
 }
 
 /// Takes a dead child off the process table; another reaper may have been faster.
 fn reap(pidfd: &OwnedFd) {
-    let _ = casemate_sys::process::wait(pidfd);
+    let _ = casemate_sys::process::try_wait(pidfd);
 }
 
 fn is_ready(fd: impl AsFd) -> bool {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use casemate_cgroup::{Cgroup, Hierarchy, Scope, systemd};
 use oci_spec::runtime::LinuxResources;
+use tokio::time::Instant;
 
 use super::{SandboxError, cgroup_error, record};
 use crate::bootstrap::journal::{Entry, Journal};
@@ -107,22 +108,25 @@ impl Begun<'_> {
 }
 
 /// Removes a cgroup whose processes have been killed. The last exit is on its
-/// way, and the cgroup is busy until then.
-pub(super) async fn remove(cgroup: &Cgroup) {
-    let mut removed = cgroup.remove(Duration::ZERO);
-    for wait in [1u64, 1, 2, 4, 8, 16, 32, 64, 128, 256, 256, 256] {
-        if removed.is_ok() {
-            break;
+/// way, and the cgroup is busy until then. False if it still is after `limit`.
+pub(super) async fn remove(cgroup: &Cgroup, limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    let mut pause = Duration::from_millis(1);
+    let removed = loop {
+        match cgroup.remove(Duration::ZERO) {
+            Ok(()) => break true,
+            Err(e) if Instant::now() >= until => {
+                log::error!("remove the cgroup of a container: {e}");
+                break false;
+            }
+            Err(_) => tokio::time::sleep(pause).await,
         }
-        tokio::time::sleep(Duration::from_millis(wait)).await;
-        removed = cgroup.remove(Duration::ZERO);
-    }
-    if let Err(e) = removed {
-        log::error!("remove the cgroup of a container: {e}");
-    }
+        pause = (pause * 2).min(Duration::from_millis(50));
+    };
     if let Some(scope) = cgroup.scope() {
         scope::stop(scope).await;
     }
+    removed
 }
 
 /// Makes systemd keep the limits that were just set, if the cgroup is a scope.

@@ -50,6 +50,9 @@ pub fn kill(pod: &Pod, request: &KillRequest) -> Result<Empty, ShimError> {
     } else {
         process.signal(signal)?;
     }
+    if signal == libc::SIGKILL && request.exec_id.is_empty() {
+        task.insist();
+    }
     if signal == libc::SIGKILL && task.is_paused() && request.exec_id.is_empty() {
         // A frozen process of cgroup v1 dies only when it is thawed, and a frozen
         // forker tells of no exit. One exec is no reason to let all others go on.

@@ -29,7 +29,7 @@ use crate::sandbox::{ContainerRequest, RootfsMount};
 /// How long Delete waits for output that somebody holds or doesn't read.
 const DRAIN: Duration = Duration::from_secs(10);
 /// How long Delete waits for a parked init that it has killed.
-const KILLED_WITHIN: Duration = Duration::from_secs(2);
+const KILLED_WITHIN: Duration = Duration::from_millis(600);
 
 /// Makes a container with its init parked before exec.
 pub async fn create(
@@ -60,7 +60,9 @@ pub async fn create(
     let (kind, init) = match made {
         Ok(made) => made,
         Err(error) => {
-            if let Err(error) = pod.journal.record(Entry::Removed(request.id.clone())) {
+            if !sandbox.is_left_behind(&request.id)
+                && let Err(error) = pod.journal.record(Entry::Removed(request.id.clone()))
+            {
                 log::warn!(
                     "container {}: write its removal to the journal: {error}",
                     request.id
@@ -114,6 +116,7 @@ fn created(
     );
     if task.container().is_some() {
         tokio::spawn(task.clone().reap());
+        task.watch_end(&task.init);
     }
     if pod.sandbox().is_err() {
         // Lost while it was made: nobody else will end it.
@@ -221,7 +224,7 @@ pub async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse
     })
 }
 
-async fn start_exec(pod: &Pod, task: &Task, exec_id: &str) -> Result<u32, ShimError> {
+async fn start_exec(pod: &Pod, task: &Arc<Task>, exec_id: &str) -> Result<u32, ShimError> {
     let process = task.process(exec_id)?;
     task.claim_exec(&process)?;
     let stdin_closed = process.facts().stdin_closed;
@@ -286,20 +289,14 @@ pub async fn delete(pod: Arc<Pod>, request: DeleteRequest) -> Result<DeleteRespo
     if !request.exec_id.is_empty() {
         return delete_exec(&task, &request.exec_id).await;
     }
+    // Before the turn: a Start that waits for its answer has it.
+    refuse_running(&task)?;
     let _turn = task.turn.lock().await;
     // Another Delete may have had its turn before.
     pod.task(&request.id)?;
-    let phase = task.init.facts().phase;
-    match phase {
-        Phase::Stopped => {}
-        Phase::Created => end_parked(&task).await,
-        Phase::Added | Phase::Opening | Phase::Starting | Phase::Running => {
-            return Err(ShimError::FailedPrecondition(format!(
-                "delete container {:?}: cannot delete a {} process",
-                task.id,
-                phase.name()
-            )));
-        }
+    refuse_running(&task)?;
+    if task.init.facts().phase == Phase::Created {
+        end_parked(&task).await;
     }
     // First the container: whoever of it still holds the output goes with it.
     if let Some(container) = task.container() {
@@ -320,17 +317,32 @@ pub async fn delete(pod: Arc<Pod>, request: DeleteRequest) -> Result<DeleteRespo
             ..TaskDelete::default()
         },
     );
-    pod.remove(&task.id);
+    pod.remove(&task);
     Ok(answer(pid, exited))
 }
 
+fn refuse_running(task: &Task) -> Result<(), ShimError> {
+    let phase = task.init.facts().phase;
+    match phase {
+        Phase::Stopped | Phase::Created => Ok(()),
+        Phase::Added | Phase::Opening | Phase::Starting | Phase::Running => {
+            Err(ShimError::FailedPrecondition(format!(
+                "delete container {:?}: cannot delete a {} process",
+                task.id,
+                phase.name()
+            )))
+        }
+    }
+}
+
 /// A parked init is killed; its exit is awaited so that events keep their order.
-async fn end_parked(task: &Task) {
+async fn end_parked(task: &Arc<Task>) {
     match task.container() {
         None => task.end_pause(KILLED),
         Some(_) => {
             // It may have gone by itself this moment.
             let _gone = task.init.signal(libc::SIGKILL);
+            task.insist();
             let ended = tokio::time::timeout(KILLED_WITHIN, task.init.wait());
             if ended.await.is_err() {
                 task.abandon();

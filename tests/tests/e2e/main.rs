@@ -16,6 +16,7 @@ mod errors;
 mod events;
 mod exec;
 mod exec_io;
+mod faults;
 mod hooks;
 mod hostile;
 mod hostile_node;
@@ -85,6 +86,7 @@ fn main() -> ExitCode {
         userns_rootfs::trials(),
         cri::trials(),
         systemd::trials(),
+        faults::trials(),
     ]
     .into_iter()
     .flatten()

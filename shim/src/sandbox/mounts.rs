@@ -1,0 +1,78 @@
+//! The mounts of a container, made on the host and staged for the agent.
+
+use casemate_cgroup::Cgroup;
+use casemate_protocol::plan::{LaunchPlan, MountSource};
+use casemate_spec::Tightened;
+use casemate_sys::mount::attr;
+
+use super::{ContainerRequest, Sandbox, SandboxError};
+use crate::host::{Step, bind, cgroup_view, dev, rootfs};
+use crate::plan::{self, Staged};
+
+/// Makes the mounts and puts them where the agent finds them.
+pub fn stage(
+    pod: &Sandbox,
+    request: &ContainerRequest,
+    spec: &Tightened,
+    cgroup: &Cgroup,
+    directory: &str,
+) -> Result<LaunchPlan, SandboxError> {
+    let v2 = pod.hierarchy.is_v2();
+    let mut launch = plan::container(spec, &pod.config, directory, pod.landlock, v2)?;
+    let mut flags = attr::NODEV;
+    if spec.process.no_new_privs {
+        flags |= attr::NOSUID;
+    }
+    let root_path = request.bundle.join(&spec.root_path);
+    let root = rootfs::make(
+        &request.rootfs,
+        &root_path,
+        &rootfs::Owner {
+            userns: &pod.userns,
+            root_id: pod.range.container_root(),
+            chosen: pod.users.is_some(),
+        },
+        flags,
+        (&pod.staging, pod.config.kernel.older_ways),
+    )?;
+    let mut entries = vec![("rootfs".to_owned(), root)];
+    let mut controllers = Vec::new();
+    for (name, what) in &launch.staged {
+        let tree = match what {
+            Staged::Dev(options, attributes, devices) => {
+                dev::make(pod.range.container_root(), options, *attributes, devices)?
+            }
+            Staged::Sysfs => pod.network.sysfs(pod.config.kernel.older_ways)?,
+            Staged::CgroupV1 => {
+                controllers = cgroup_view::each(cgroup)?;
+                cgroup_view::base(&controllers).step("make", "/sys/fs/cgroup")?
+            }
+            Staged::Bind(mount) => {
+                let (tree, is_directory) = bind::open(mount, &pod.userns)?;
+                for entry in &mut launch.plan.mounts {
+                    if let MountSource::Staged {
+                        name: n, directory, ..
+                    } = &mut entry.source
+                        && n == name
+                    {
+                        *directory = is_directory;
+                    }
+                }
+                tree
+            }
+        };
+        entries.push((name.clone(), tree));
+    }
+    if let Some(shared) = &pod.shared {
+        shared.add(spec, &pod.staging, &mut launch.plan, &mut entries)?;
+    }
+    pod.staging
+        .attach(directory, &entries)
+        .step("stage mounts of", &request.id)?;
+    if !controllers.is_empty() {
+        pod.staging
+            .attach_below(&format!("{directory}/cgroup"), &controllers)
+            .step("stage cgroups of", &request.id)?;
+    }
+    Ok(launch.plan)
+}
