@@ -1,13 +1,14 @@
 //! The client's side of a task's fifos.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::error::{Result, file};
@@ -40,25 +41,40 @@ impl Reader {
             path: path.to_owned(),
             kept: Arc::default(),
         };
+        // Opened before the shim opens its end: a reader that comes when the
+        // last writer has gone would wait for the next one.
+        let opened = open_reader(path);
         let ours = reader.clone();
         thread::spawn(move || {
-            // The open blocks until the shim opens the other end.
-            if let Ok(mut fifo) = File::open(&ours.path) {
-                let mut buffer = vec![0; 65536];
-                while let Ok(n) = fifo.read(&mut buffer) {
-                    if n == 0 {
-                        break;
-                    }
-                    if let Ok(mut kept) = ours.kept.lock() {
-                        kept.bytes.extend_from_slice(&buffer[..n]);
-                    }
-                }
+            if let Ok(fifo) = opened {
+                ours.keep(fifo);
             }
             if let Ok(mut kept) = ours.kept.lock() {
                 kept.ended = true;
             }
         });
         reader
+    }
+
+    fn keep(&self, mut fifo: File) {
+        let mut buffer = vec![0; 65536];
+        loop {
+            // Neither is there before the first writer.
+            let mut fds = [PollFd::new(&fifo, PollFlags::IN)];
+            if rustix::event::poll(&mut fds, None).is_err() {
+                continue;
+            }
+            match fifo.read(&mut buffer) {
+                Ok(0) => return,
+                Ok(n) => {
+                    if let Ok(mut kept) = self.kept.lock() {
+                        kept.bytes.extend_from_slice(&buffer[..n]);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+        }
     }
 
     /// What came so far.
