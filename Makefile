@@ -5,6 +5,7 @@
 #   make test            all tests, unit and end to end (the latter need root)
 #   make e2e T=c041      end-to-end tests whose name has this in it
 #   make e2e T=cri21     those on one containerd: cri16, cri17, cri21, cri23
+#   make conformance     docs/conformance.md from the results of make e2e
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
@@ -21,7 +22,7 @@ BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
 VM_SUITES ?= bookworm bookworm:systemd sid sid:systemd
 
-.PHONY: help build quick check unit deny test daemons e2e e2e-older vm-test docs-tables run bench dist clean
+.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance vm-test docs-tables run bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,6 +58,9 @@ daemons:
 e2e: quick daemons
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
 	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- $(T)
+
+conformance:
+	$(CARGO) run --profile quick --locked -q -p casemate-tests --bin testbed -- conformance
 
 # The ways that kernels before 6.17 need, on this one.
 e2e-older: quick

@@ -8,6 +8,7 @@
 //! decoding and reordering them.
 
 pub mod bundle;
+pub mod conformance;
 pub mod ctr;
 pub mod daemon;
 pub mod error;

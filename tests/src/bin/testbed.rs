@@ -1,5 +1,6 @@
 //! The test bed as a command: `testbed run -- CMD…` shows a container on a
-//! private containerd; `testbed sbom` writes a list of all components.
+//! private containerd; `testbed sbom` writes a list of all components,
+//! `testbed conformance` the list of what the trials showed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use std::time::Duration;
 use casemate_tests::daemon::Daemon;
 use casemate_tests::error::file;
 use casemate_tests::image::catalog;
-use casemate_tests::{Failure, Result, leaks, run, world};
+use casemate_tests::{Failure, Result, conformance, leaks, results, run, world};
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
 
@@ -31,6 +32,8 @@ enum Action {
         #[arg(last = true)]
         command: Vec<String>,
     },
+    /// Writes docs/conformance.md from the results of `make e2e`.
+    Conformance,
     /// Writes a CycloneDX 1.5 list of the components of all our binaries.
     Sbom {
         /// Where to.
@@ -42,6 +45,7 @@ enum Action {
 fn main() -> ExitCode {
     let done = match Args::parse().action {
         Action::Run { runtime, command } => show(&runtime, &command),
+        Action::Conformance => conformance().map(|()| 0),
         Action::Sbom { output } => sbom(&output).map(|()| 0),
     };
     match done {
@@ -55,6 +59,15 @@ fn main() -> ExitCode {
 
 /// containerd namespace of the shown container.
 const NAMESPACE: &str = "casemate-run";
+
+fn conformance() -> Result<()> {
+    let results = results::read(&conformance::results())?;
+    let path = conformance::document();
+    let text = conformance::List::read()?.render(&results);
+    fs::write(&path, text).map_err(file("write", &path))?;
+    println!("{}: from {} trials", path.display(), results.len());
+    Ok(())
+}
 
 /// What a newcomer sees: every wall around the workload, from inside.
 const TOUR: &str = r#"

@@ -45,7 +45,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 
-use casemate_tests::{World, skip};
+use casemate_tests::conformance::{self, List};
+use casemate_tests::{World, ensure, results, skip};
 use libtest_mimic::{Arguments, Trial};
 
 fn main() -> ExitCode {
@@ -92,7 +93,22 @@ fn main() -> ExitCode {
     .flatten()
     .collect();
     let mut last = hostile_node::exclusive_trials();
-    if let Some(list) = std::env::var_os("CASEMATE_TEST_LIST") {
+    let names: Vec<String> = trials
+        .iter()
+        .chain(&last)
+        .map(|trial| trial.name().to_owned())
+        .collect();
+    trials.push(skip::trial("conformance_list_is_whole", move || {
+        let missing = List::read()?.uncovered(names.iter().map(String::as_str));
+        ensure!(
+            missing.is_empty(),
+            "items with neither a trial nor a line in tests/conformance-gaps.txt: {missing:?}"
+        );
+        Ok(())
+    }));
+    let list = std::env::var_os("CASEMATE_TEST_LIST");
+    let listed = list.is_some();
+    if let Some(list) = list {
         let kept = match chosen(Path::new(&list), trials.iter().chain(&last)) {
             Ok(kept) => kept,
             Err(why) => {
@@ -137,6 +153,13 @@ fn main() -> ExitCode {
     }
     for (name, reason) in skip::skipped() {
         println!("{name}: skipped: {reason}");
+    }
+    if !listed && World::get().is_ok_and(World::is_casemate) {
+        // Elsewhere than in the source tree there is no place for them.
+        let whole = args.filter.is_none() && args.skip.is_empty();
+        if let Err(error) = results::write(&conformance::results(), whole) {
+            println!("results are not kept: {error}");
+        }
     }
     let list = Path::new(env!("CARGO_MANIFEST_DIR")).join("allowed-skips.txt");
     let unlisted = skip::not_allowed(&list);

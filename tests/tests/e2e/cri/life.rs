@@ -28,6 +28,7 @@ crate::cri_tests![
     c114_namespaces_of_the_pod,
     c117_network_of_the_sandbox_pid,
     pause_is_never_executed,
+    c143_c144_removal_is_quiet,
     c145_pause_killed_first,
     killed_container_is_reported,
     pause_image_is_pinned,
@@ -314,6 +315,28 @@ fn pause_is_never_executed(cri: &Cri) -> Outcome {
         "the task of the pod: {line:?}"
     );
     pod.remove()
+}
+
+/// The daemon runs `delete` after each normal removal too, 1.x for every
+/// container: it must find nothing to complain of, and disturb no neighbour.
+fn c143_c144_removal_is_quiet(cri: &Cri) -> Outcome {
+    let pod = cri.pod("quiet")?;
+    let (gone, stays) = (pod.sleeper("gone")?, pod.sleeper("stays")?);
+    pod.stop_container(&gone, 0)?;
+    pod.remove_container(&gone)?;
+    ensure_eq!(pod.exec_sh(&stays, "echo here")?, "here\n", "the neighbour");
+    let ids = [pod.id.clone(), gone, stays];
+    pod.remove()?;
+    let log = cri.node.daemon.log();
+    let complaints: Vec<&str> = log
+        .lines()
+        .filter(|l| l.contains("level=error") || l.contains("level=warning"))
+        .filter(|l| ids.iter().any(|id| l.contains(id.as_str())))
+        // What policy takes away, the shim says once for each container.
+        .filter(|l| !l.contains("beyond the policy"))
+        .collect();
+    ensure!(complaints.is_empty(), "in the daemon's log: {complaints:?}");
+    Ok(())
 }
 
 fn c145_pause_killed_first(cri: &Cri) -> Outcome {

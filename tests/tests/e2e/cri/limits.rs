@@ -13,7 +13,7 @@ use super::Cri;
 use super::config::{container, resources};
 
 crate::cri_tests![
-    c084_out_of_memory_is_reported,
+    c084_c085_out_of_memory_is_reported,
     c079_update,
     c081_c082_stats,
     c134_oom_score,
@@ -32,7 +32,7 @@ fn limit(id: &str, names: &[&str]) -> Result<String, Stop> {
     fail(format!("none of {names:?} in a cgroup of {id}"))
 }
 
-fn c084_out_of_memory_is_reported(cri: &Cri) -> Outcome {
+fn c084_c085_out_of_memory_is_reported(cri: &Cri) -> Outcome {
     let pod = cri.pod("oom")?;
     let bystander = pod.sleeper("bystander")?;
     let mut config = container("hog", &["/bin/tail", "/dev/zero"]);

@@ -15,6 +15,7 @@ mod refuse;
 mod sandboxer;
 mod security;
 mod stream;
+mod userns;
 mod volumes;
 
 use std::sync::{Arc, RwLock, RwLockReadGuard};
@@ -95,7 +96,8 @@ pub fn trials() -> Vec<Trial> {
         let newer = since(Generation::V1_7, life::SINCE_1_7)
             .iter()
             .chain(since(Generation::V2_1, volumes::SINCE_2))
-            .chain(since(Generation::V2_1, sandboxer::TESTS));
+            .chain(since(Generation::V2_1, sandboxer::TESTS))
+            .chain(userns::tests(generation));
         for (name, test) in shared.chain(newer) {
             all.push(skip::trial(&format!("cri{tag}_{name}"), move || {
                 let _hold = hold(generation)?;

@@ -14,10 +14,11 @@ use super::config::{self, container, profile, security};
 crate::cri_tests![
     privileged_pod,
     privileged_container,
-    host_network,
-    host_pid,
-    host_ipc,
-    apparmor_without_it,
+    c118_host_network,
+    c118_host_pid,
+    c118_host_ipc,
+    c130_apparmor_without_it,
+    c139_cgroup_parent_of_systemd,
     device,
     sysctl_of_the_node,
 ];
@@ -58,7 +59,7 @@ fn privileged_container(cri: &Cri) -> Outcome {
     pod.remove()
 }
 
-fn host_network(cri: &Cri) -> Outcome {
+fn c118_host_network(cri: &Cri) -> Outcome {
     let mut config = config::pod(cri, "host-network");
     config::pod_namespaces(&mut config).network = NamespaceMode::Node as i32;
     says(
@@ -67,7 +68,7 @@ fn host_network(cri: &Cri) -> Outcome {
     )
 }
 
-fn host_pid(cri: &Cri) -> Outcome {
+fn c118_host_pid(cri: &Cri) -> Outcome {
     let mut config = config::pod(cri, "host-pid");
     config::pod_namespaces(&mut config).pid = NamespaceMode::Node as i32;
     says(
@@ -76,7 +77,7 @@ fn host_pid(cri: &Cri) -> Outcome {
     )
 }
 
-fn host_ipc(cri: &Cri) -> Outcome {
+fn c118_host_ipc(cri: &Cri) -> Outcome {
     let mut config = config::pod(cri, "host-ipc");
     config::pod_namespaces(&mut config).ipc = NamespaceMode::Node as i32;
     says(
@@ -87,7 +88,7 @@ fn host_ipc(cri: &Cri) -> Outcome {
 
 /// Where the node has no AppArmor (or the daemon was told so), a profile by
 /// name is an error, not a container without it.
-fn apparmor_without_it(cri: &Cri) -> Outcome {
+fn c130_apparmor_without_it(cri: &Cri) -> Outcome {
     let pod = cri.pod("apparmor")?;
     let mut config = container("app", &["/bin/true"]);
     security(&mut config).apparmor = profile(ProfileType::Localhost, Path::new("some-profile"));
@@ -119,4 +120,11 @@ fn sysctl_of_the_node(cri: &Cri) -> Outcome {
     says(&cri.refusal(config)?, &["sysctl", "vm.swappiness"])?;
     ensure_eq!(fs::read_to_string(path)?, before, "on the node");
     Ok(())
+}
+
+/// What the kubelet names with the systemd driver: a slice, and a scope in it.
+fn c139_cgroup_parent_of_systemd(cri: &Cri) -> Outcome {
+    let mut config = config::pod(cri, "slice");
+    config.linux.get_or_insert_default().cgroup_parent = "kubepods-test.slice".to_owned();
+    says(&cri.refusal(config)?, &["cgroup", "kubepods-test.slice"])
 }

@@ -21,6 +21,8 @@ crate::cri_tests![
     c129_no_new_privileges,
     c132_capabilities,
     c125_masked_paths,
+    c126_cgroup_mount,
+    c136_no_descriptor_leaks_in,
 ];
 
 fn number(value: i64) -> Option<Int64Value> {
@@ -204,5 +206,29 @@ fn c125_masked_paths(cri: &Cri) -> Outcome {
         security(c).readonly_paths.clear();
     })?;
     ensure_eq!(out, "1\n0\nro\n", "with empty lists");
+    pod.remove()
+}
+
+fn c126_cgroup_mount(cri: &Cri) -> Outcome {
+    let pod = cri.pod("cgroup")?;
+    let script = "cat /proc/self/cgroup; echo; mkdir /sys/fs/cgroup/own 2>&1; \
+                  grep ' /sys/fs/cgroup' /proc/self/mounts; find /sys/fs/cgroup -name 'casemate*'";
+    let out = pod.sh("app", script, |_| ())?;
+    println!("{out}");
+    pod.remove()
+}
+
+fn c136_no_descriptor_leaks_in(cri: &Cri) -> Outcome {
+    let pod = cri.pod("descriptors")?;
+    let ran = pod.to_end(container("app", &["/bin/probe", "fds"]))?;
+    let id = pod.sleeper("sleeper")?;
+    let exec = pod.exec(&id, &["/bin/probe", "fds"])?;
+    for out in [&ran.out, &exec.out] {
+        let open: Vec<&str> = out
+            .lines()
+            .filter_map(|l| l.split_whitespace().next())
+            .collect();
+        ensure_eq!(open, ["0", "1", "2"], "descriptors {out}");
+    }
     pod.remove()
 }

@@ -167,7 +167,7 @@ fn c123_recursive_read_only(cri: &Cri) -> Outcome {
 
 /// The runtime class whose features the daemon knows: 2.1 asks only runtimes
 /// of runc's type, and a recursive mount for any other ends it.
-fn introspected(cri: &Cri) -> &'static str {
+pub fn introspected(cri: &Cri) -> &'static str {
     match cri.generation {
         Generation::V2_1 => "casemate-by-path",
         _ => "casemate",
