@@ -116,7 +116,9 @@ impl Cri {
 
     /// A pod with this configuration.
     pub fn pod_with(&self, config: PodSandboxConfig) -> Result<Pod<'_>, Stop> {
-        self.pod_of("casemate", config)
+        // The stock runtime, when the run compares with it.
+        let stock = (!self.world.is_casemate()).then_some("runc");
+        self.pod_of(stock.unwrap_or("casemate"), config)
     }
 
     /// A pod of this runtime class.
@@ -244,6 +246,22 @@ impl Pod<'_> {
         reply
             .status
             .ok_or_else(|| Failure::Unexpected("ContainerStatus without one".to_owned()))
+    }
+
+    /// The host's pid of a container's first process.
+    pub fn pid(&self, id: &str) -> Result<u32, Stop> {
+        let request = ContainerStatusRequest {
+            container_id: id.to_owned(),
+            verbose: true,
+        };
+        let call = async |mut c: Runtime| c.container_status(request).await;
+        let info = self.cri.call("ContainerStatus", call)?.info;
+        let text = info.get("info").map(String::as_str).unwrap_or_default();
+        let info: serde_json::Value = serde_json::from_str(text)?;
+        match info["pid"].as_u64().map(u32::try_from) {
+            Some(Ok(pid)) if pid > 0 => Ok(pid),
+            _ => fail(format!("no pid in {info}")),
+        }
     }
 
     /// Waits until a container has exited.

@@ -18,7 +18,6 @@ crate::cri_tests![
     c118_host_pid,
     c118_host_ipc,
     c130_apparmor_without_it,
-    c139_cgroup_parent_of_systemd,
     device,
     sysctl_of_the_node,
 ];
@@ -120,11 +119,4 @@ fn sysctl_of_the_node(cri: &Cri) -> Outcome {
     says(&cri.refusal(config)?, &["sysctl", "vm.swappiness"])?;
     ensure_eq!(fs::read_to_string(path)?, before, "on the node");
     Ok(())
-}
-
-/// What the kubelet names with the systemd driver: a slice, and a scope in it.
-fn c139_cgroup_parent_of_systemd(cri: &Cri) -> Outcome {
-    let mut config = config::pod(cri, "slice");
-    config.linux.get_or_insert_default().cgroup_parent = "kubepods-test.slice".to_owned();
-    says(&cri.refusal(config)?, &["cgroup", "kubepods-test.slice"])
 }

@@ -3,14 +3,14 @@
 use std::fs;
 use std::path::Path;
 
-use casemate_tests::skip::Outcome;
+use casemate_tests::skip::{Outcome, fail};
 use casemate_tests::{ensure, ensure_eq, procs};
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::*;
 
 use super::Cri;
 use super::client::directory;
-use super::config::{container, mount, profile, security};
+use super::config::{container, mount, profile, resources, security};
 
 crate::cri_tests![
     users_and_groups,
@@ -211,10 +211,28 @@ fn c125_masked_paths(cri: &Cri) -> Outcome {
 
 fn c126_cgroup_mount(cri: &Cri) -> Outcome {
     let pod = cri.pod("cgroup")?;
-    let script = "cat /proc/self/cgroup; echo; mkdir /sys/fs/cgroup/own 2>&1; \
-                  grep ' /sys/fs/cgroup' /proc/self/mounts; find /sys/fs/cgroup -name 'casemate*'";
-    let out = pod.sh("app", script, |_| ())?;
-    println!("{out}");
+    let script = "mkdir /sys/fs/cgroup/own 2>&1 && echo made; \
+                  cat /proc/self/cgroup; echo; grep ' cgroup2* ' /proc/self/mounts; echo; \
+                  cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes \
+                  2>/dev/null; true";
+    let out = pod.sh("app", script, |c| {
+        resources(c).memory_limit_in_bytes = 96 << 20;
+    })?;
+    let parts: Vec<&str> = out.split("\n\n").collect();
+    let [own, mounts, limit] = parts.as_slice() else {
+        return fail(format!("output {out}"));
+    };
+    ensure!(!own.contains("made"), "a cgroup was made: {own}");
+    let paths = own.lines().filter(|l| l.matches(':').count() == 2);
+    for line in paths.filter(|l| !l.contains("mkdir")) {
+        ensure!(line.ends_with(":/"), "not at its root: {line}");
+    }
+    ensure!(!mounts.is_empty(), "no cgroup is mounted: {out}");
+    for line in mounts.lines() {
+        let options = line.split(' ').nth(3).unwrap_or_default();
+        ensure!(options.split(',').any(|o| o == "ro"), "writable: {line}");
+    }
+    ensure_eq!(limit.trim(), (96u32 << 20).to_string(), "its own limit");
     pod.remove()
 }
 
