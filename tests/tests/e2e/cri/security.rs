@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::Path;
 
+use casemate_tests::image::oci::sha256;
 use casemate_tests::skip::{Outcome, fail};
-use casemate_tests::{ensure, ensure_eq, procs};
+use casemate_tests::{ensure, ensure_eq, procs, world};
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::*;
 
@@ -23,6 +24,7 @@ crate::cri_tests![
     c125_masked_paths,
     c126_cgroup_mount,
     c136_no_descriptor_leaks_in,
+    c137_binaries_of_the_host,
 ];
 
 fn number(value: i64) -> Option<Int64Value> {
@@ -248,5 +250,36 @@ fn c136_no_descriptor_leaks_in(cri: &Cri) -> Outcome {
             .collect();
         ensure_eq!(open, ["0", "1", "2"], "descriptors {out}");
     }
+    pod.remove()
+}
+
+/// A script whose interpreter is whatever executes it, and writes to every
+/// program that can be seen.
+fn c137_binaries_of_the_host(cri: &Cri) -> Outcome {
+    let binaries = ["casemate-agent", "containerd-shim-casemate-v2"];
+    let read = || -> std::io::Result<Vec<String>> {
+        let path = |name: &&str| fs::read(world::binaries().join(name));
+        let all: std::io::Result<Vec<Vec<u8>>> = binaries.iter().map(|n| path(n)).collect();
+        Ok(all?.iter().map(|bytes| sha256(bytes)).collect())
+    };
+    let before = read()?;
+    let dir = directory(cri, "scripts")?;
+    let script = dir.join("again");
+    fs::write(&script, "#!/proc/self/exe\n")?;
+    world::set_mode(&script, 0o755)?;
+    let pod = cri.pod("binaries")?;
+    let mut config = container("again", &["/v/again"]);
+    config.mounts.push(mount(&dir, "/v"));
+    // It may be refused or end by itself; it must not run as what it isn't.
+    if let Ok(id) = pod.create(config)
+        && pod.start(&id).is_ok()
+    {
+        ensure!(pod.ended(&id)?.exit_code != 0, "the script succeeded");
+    }
+    let script = "for p in /proc/[0-9]*/exe /proc/self/exe; do \
+                  (echo broken > $p) 2>/dev/null && echo written $p; done; true";
+    let id = pod.sleeper("sleeper")?;
+    ensure_eq!(pod.exec_sh(&id, script)?, "", "programs written to");
+    ensure_eq!(read()?, before, "the host's binaries");
     pod.remove()
 }
