@@ -164,10 +164,10 @@ impl World {
         let netns = Netns::make(&format!("{}-{}", self.mark, generation.tag()))?;
         let dir = self.dir().join(format!("n{}", generation.tag()));
         let daemon = generation.start(&dir, &self.path(), &self.shim()?, &netns)?;
-        let base = catalog::base(Some(&probe()?))?;
-        daemon
-            .ctr("k8s.io")
-            .import(&catalog::pause()?, self.dir())?;
+        let probe = probe()?;
+        let base = catalog::base(Some(&probe))?;
+        let pause = catalog::pause((!self.is_casemate()).then_some(probe.as_path()))?;
+        daemon.ctr("k8s.io").import(&pause, self.dir())?;
         daemon.ctr("k8s.io").import(&base, self.dir())?;
         daemon.ctr(NAMESPACE).import(&base, self.dir())?;
         let node = Arc::new(Node { daemon, netns });

@@ -27,19 +27,16 @@ pub const HOSTILE_PASSWD: &str = "casemate.test/hostile-passwd:latest";
 /// Its entry point; a name that no other program has.
 pub const PAUSE_PROGRAM: &str = "/casemate-test-pause";
 
-/// An image for pods to begin with. What it has is no program: whoever executes
-/// it fails.
-pub fn pause() -> Result<Image> {
+/// An image for pods to begin with. What it has is no program, and whoever
+/// executes it fails; but a stock runtime does, and gets `program`.
+pub fn pause(program: Option<&Path>) -> Result<Image> {
+    let bytes = program.map_or_else(|| Ok(b"not a program\n".to_vec()), read)?;
     let mut layer = Layer::default();
-    layer.file(
-        PAUSE_PROGRAM.trim_start_matches('/'),
-        mode(0o755),
-        b"not a program\n",
-    )?;
+    layer.file(PAUSE_PROGRAM.trim_start_matches('/'), mode(0o755), &bytes)?;
     Ok(Image {
         name: crate::generation::PAUSE.to_owned(),
         layers: vec![layer.finish()?],
-        cmd: vec![PAUSE_PROGRAM.to_owned()],
+        cmd: vec![PAUSE_PROGRAM.to_owned(), "sleep".to_owned()],
     })
 }
 
