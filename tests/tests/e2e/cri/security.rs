@@ -259,7 +259,7 @@ fn c137_binaries_of_the_host(cri: &Cri) -> Outcome {
     let binaries = ["casemate-agent", "containerd-shim-casemate-v2"];
     let read = || -> std::io::Result<Vec<String>> {
         let path = |name: &&str| fs::read(world::binaries().join(name));
-        let all: std::io::Result<Vec<Vec<u8>>> = binaries.iter().map(|n| path(n)).collect();
+        let all: std::io::Result<Vec<Vec<u8>>> = binaries.iter().map(path).collect();
         Ok(all?.iter().map(|bytes| sha256(bytes)).collect())
     };
     let before = read()?;
