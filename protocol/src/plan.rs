@@ -83,6 +83,8 @@ pub struct Mount {
     pub source: MountSource,
     /// `MOUNT_ATTR_*` bits, for what the agent's side makes itself.
     pub attributes: u64,
+    /// What is mounted below its source later arrives in the container.
+    pub receives: bool,
 }
 
 /// Where a mount comes from.

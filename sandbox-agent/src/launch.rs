@@ -2,6 +2,7 @@
 //! forker. Runs as root of the pod's namespace A, with file ids of the
 //! container's root, in a mount namespace of its own; ends inside B, locked.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -120,6 +121,13 @@ fn assemble_root(
     channel: &Channel,
     hooks: Option<Runner>,
 ) -> Result<Container, StepError> {
+    let staging = rustix::fs::open(
+        format!("/staging/{}", plan.staging),
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .at("open", "the container's staging directory")?;
+    let mut receiving = receiving(plan, &staging)?;
     // Nothing of later containers may arrive here.
     let whole =
         rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).at("open", "/")?;
@@ -133,19 +141,21 @@ fn assemble_root(
     )
     .at("make private", "/")?;
 
-    let staging = rustix::fs::open(
-        format!("/staging/{}", plan.staging),
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .at("open", "the container's staging directory")?;
     let rootfs = clone_tree(&staging, Path::new("rootfs"), true, false).at("clone", "rootfs")?;
     mount::attach(&rootfs, CWD, NEW_ROOT).at("attach", "rootfs")?;
 
     let proc = proc_of_children(plan, namespace_b);
     let mut early = None;
     for entry in &plan.mounts {
-        attach_one(&rootfs, &staging, entry, plan, &proc, &mut early)?;
+        let cloned = if entry.receives {
+            receiving.pop_front()
+        } else {
+            None
+        };
+        match cloned {
+            Some(tree) => attach_at(&rootfs, &tree, entry)?,
+            None => attach_one(&rootfs, &staging, entry, plan, &proc, &mut early)?,
+        }
     }
     if !plan.cwd.is_empty() && plan.cwd != "/" {
         make_cwd(&rootfs, &plan.cwd)?;
@@ -173,6 +183,34 @@ fn assemble_root(
     }
     mount::change_root(&rootfs).at("change root", "")?;
     Ok(Container { console, early })
+}
+
+/// Clones of the mounts that go on receiving what the host mounts below their
+/// sources, in order: taken while they still do.
+fn receiving(plan: &LaunchPlan, staging: &OwnedFd) -> Result<VecDeque<OwnedFd>, StepError> {
+    let clone = |entry: &Mount| match &entry.source {
+        MountSource::Staged {
+            name, recursive, ..
+        } => clone_tree(staging, Path::new(name), *recursive, false)
+            .at("clone the mount for", &entry.target),
+        MountSource::New { .. } => Err(StepError::invalid(
+            "clone the mount for",
+            &entry.target,
+            "it is no bind",
+        )),
+    };
+    let wanted = plan.mounts.iter().filter(|entry| entry.receives);
+    wanted.map(clone).collect()
+}
+
+/// Attaches a staged mount at its target.
+fn attach_at(rootfs: &OwnedFd, tree: &OwnedFd, entry: &Mount) -> Result<(), StepError> {
+    let directory = match &entry.source {
+        MountSource::Staged { directory, .. } => *directory,
+        MountSource::New { .. } => true,
+    };
+    let target = root::target(rootfs, &entry.target, directory, links_for(entry))?;
+    mount::attach(tree, &target, "").at("mount", &entry.target)
 }
 
 /// By what way proc can be mounted here.
@@ -211,18 +249,13 @@ fn attach_one(
     proc: &Proc<'_>,
     early: &mut Option<EarlyInit>,
 ) -> Result<(), StepError> {
-    let (tree, directory) = match &entry.source {
+    let tree = match &entry.source {
         MountSource::Staged {
-            name,
-            directory,
-            recursive,
-        } => {
-            let tree = clone_tree(staging, Path::new(name), *recursive, false)
-                .at("clone the mount for", &entry.target)?;
-            (tree, *directory)
-        }
+            name, recursive, ..
+        } => clone_tree(staging, Path::new(name), *recursive, false)
+            .at("clone the mount for", &entry.target)?,
         MountSource::New { fstype, options } if fstype == "proc" => {
-            let tree = match proc {
+            match proc {
                 Proc::PidNamespace(namespace) => {
                     new_mount(fstype, options, entry, Some(namespace))?
                 }
@@ -242,13 +275,11 @@ fn attach_one(
                         tree
                     }
                 },
-            };
-            (tree, true)
+            }
         }
-        MountSource::New { fstype, options } => (new_mount(fstype, options, entry, None)?, true),
+        MountSource::New { fstype, options } => new_mount(fstype, options, entry, None)?,
     };
-    let target = root::target(rootfs, &entry.target, directory, links_for(entry))?;
-    mount::attach(&tree, &target, "").at("mount", &entry.target)
+    attach_at(rootfs, &tree, entry)
 }
 
 fn new_mount(

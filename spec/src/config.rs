@@ -37,6 +37,8 @@ pub struct Config {
     pub devices: Devices,
     /// Programs of the node that a specification may have run.
     pub hooks: Hooks,
+    /// Binds of the host's files.
+    pub volumes: Volumes,
     /// Which of the kernel's ways to take.
     pub kernel: Kernel,
     /// The shim's own log.
@@ -50,6 +52,27 @@ pub struct Kernel {
     /// Take the ways that kernels before 6.17 need on newer ones too. As
     /// strict, and slower: for tests, and against a bug in the newer ways.
     pub older_ways: bool,
+}
+
+/// Binds of the host's files.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Volumes {
+    /// What to do where the kernel can't map ids.
+    pub without_idmap: WithoutIdmap,
+}
+
+/// What becomes of a volume whose file system can't map ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WithoutIdmap {
+    /// It is refused.
+    Refuse,
+    /// Read-only ones, and those in memory, are shown as they are.
+    #[default]
+    ReadOnly,
+    /// All are shown as they are.
+    PassThrough,
 }
 
 /// How much is asked of a workload.

@@ -127,6 +127,16 @@ pub struct MountSpec {
     pub flags: MountFlags,
 }
 
+impl MountSpec {
+    /// What is mounted below its source later is to arrive in the container.
+    #[must_use]
+    pub fn receives(&self) -> bool {
+        self.flags
+            .propagation
+            .is_some_and(|p| p.kind == PropagationKind::Slave)
+    }
+}
+
 /// Files of proc that lxcfs and its like may cover: read-only statistics.
 const PROC_FILES: [&str; 9] = [
     "/proc/cpuinfo",

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use casemate_spec::config::{Capabilities, Level, Profile};
+use casemate_spec::config::{Capabilities, Level, Profile, Volumes, WithoutIdmap};
 use casemate_spec::{Config, caps};
 
 struct Dir(PathBuf);
@@ -46,6 +46,7 @@ fn no_file_is_the_defaults() {
             && !config.sandbox.allow_host_pid
             && !config.sandbox.allow_host_ipc
     );
+    assert_eq!(config.volumes.without_idmap, WithoutIdmap::ReadOnly);
     assert!(!config.fallback.without_landlock && config.fallback.without_oom_score_adj);
     assert_eq!(caps::names(config.capabilities.allow).len(), 10);
     assert_eq!(
@@ -93,6 +94,10 @@ fn a_mistake_is_named_with_its_file_and_key() {
         ("profile = \"lax\"", vec!["profile", "lax", "compat"]),
         ("\n[ids\n", vec!["config.d/5.toml", "line 2"]),
         (
+            "[volumes]\nwithout_idmap = \"copy\"",
+            vec!["volumes.without_idmap", "copy", "read-only", "pass-through"],
+        ),
+        (
             "[capabilities]\nallow = [\"CAP_FLY\"]",
             vec!["capabilities.allow", "CAP_FLY"],
         ),
@@ -132,6 +137,9 @@ fn what_is_written_out_reads_back() {
     let config = Config {
         profile: Profile::Compat,
         capabilities: Capabilities { allow: 1 | 1 << 21 },
+        volumes: Volumes {
+            without_idmap: WithoutIdmap::PassThrough,
+        },
         ..Config::default()
     };
     let text = toml::to_string(&config).unwrap();

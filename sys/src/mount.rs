@@ -220,6 +220,12 @@ pub fn detach(path: &Path) -> io::Result<()> {
     )?)
 }
 
+/// The name by which this process can open `fd` once more, whatever it was
+/// opened for (proc(5), /proc/PID/fd).
+pub fn own_link(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
 /// Whether the file system behind `fd` is mounted read-only.
 pub fn is_read_only(fd: impl AsFd) -> io::Result<bool> {
     let s = rustix::fs::fstatvfs(fd)?;

@@ -2,7 +2,6 @@
 //! with its owner; what can't is in the journal before it is made.
 
 pub mod agent;
-pub mod bind;
 pub mod cgroup_view;
 pub mod dev;
 pub mod hooks;
@@ -14,6 +13,7 @@ pub mod scope;
 pub mod staging;
 pub mod userns;
 pub mod users;
+pub mod volume;
 
 use std::io;
 

@@ -9,11 +9,11 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use casemate_sys::mount::{self, Change, NewFs, attr, clone_tree, propagation};
 use casemate_sys::namespace::{self, kind};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
 
 use super::Step;
 use crate::sandbox::SandboxError;
@@ -115,6 +115,22 @@ impl Staging {
                     rustix::fs::openat(&dir, name.as_str(), flags, Mode::from(0o644))?;
                 }
                 mount::attach(tree, &dir, name)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Attaches `entries` below the attached mount `tree`, at these paths in it.
+    /// Where one has become a link or is gone, that is an error: nothing outside
+    /// of the tree is ever reached.
+    pub fn attach_in(&self, tree: &OwnedFd, entries: &[(PathBuf, OwnedFd)]) -> io::Result<()> {
+        self.inside(|| {
+            let resolve =
+                ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            for (path, entry) in entries {
+                let at = rustix::fs::openat2(tree, path, flags, Mode::empty(), resolve)?;
+                mount::attach(entry, &at, "")?;
             }
             Ok(())
         })

@@ -118,6 +118,7 @@ pub fn container(
             target: mount.destination.clone(),
             source,
             attributes,
+            receives: mount.kind == MountKind::Bind && mount.receives(),
         });
     }
     if !has_dev {
@@ -141,6 +142,7 @@ pub fn container(
                 target: "/dev".into(),
                 source,
                 attributes: 0,
+                receives: false,
             },
         );
     }
@@ -257,6 +259,17 @@ pub fn attributes(attrs: &MountAttrs) -> u64 {
         Some(Atime::Never) => attr::NOATIME,
         Some(Atime::Strict) => attr::STRICTATIME,
         Some(Atime::Relative) | None => 0,
+    }
+}
+
+/// `MOUNT_ATTR_*` bits that must be cleared where [`attributes`] are set on a
+/// mount that exists: its policy of access times is one of several
+/// (mount_setattr(2)).
+pub fn cleared_attributes(attrs: &MountAttrs) -> u64 {
+    if attrs.atime.is_some() {
+        attr::ATIME_MASK
+    } else {
+        0
     }
 }
 

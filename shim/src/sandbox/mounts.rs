@@ -6,7 +6,7 @@ use casemate_spec::Tightened;
 use casemate_sys::mount::attr;
 
 use super::{ContainerRequest, Sandbox, SandboxError};
-use crate::host::{Step, bind, cgroup_view, dev, rootfs};
+use crate::host::{Step, cgroup_view, dev, rootfs, volume};
 use crate::plan::{self, Staged};
 
 /// Makes the mounts and puts them where the agent finds them.
@@ -37,6 +37,14 @@ pub fn stage(
     )?;
     let mut entries = vec![("rootfs".to_owned(), root)];
     let mut controllers = Vec::new();
+    let terms = volume::Terms {
+        userns: &pod.userns,
+        root_id: pod.range.container_root(),
+        policy: pod.config.volumes.without_idmap,
+        staging: &pod.staging,
+    };
+    // Mounts below volumes, by the volume's place among the entries.
+    let mut below = Vec::new();
     for (name, what) in &launch.staged {
         let tree = match what {
             Staged::Dev(options, attributes, devices) => {
@@ -48,7 +56,9 @@ pub fn stage(
                 cgroup_view::base(&controllers).step("make", "/sys/fs/cgroup")?
             }
             Staged::Bind(mount) => {
-                let (tree, is_directory) = bind::open(mount, &pod.userns)?;
+                let volume = volume::open(mount, &terms)?;
+                below.push((entries.len(), volume.below));
+                let is_directory = volume.directory;
                 for entry in &mut launch.plan.mounts {
                     if let MountSource::Staged {
                         name: n, directory, ..
@@ -58,7 +68,7 @@ pub fn stage(
                         *directory = is_directory;
                     }
                 }
-                tree
+                volume.top
             }
         };
         entries.push((name.clone(), tree));
@@ -69,6 +79,13 @@ pub fn stage(
     pod.staging
         .attach(directory, &entries)
         .step("stage mounts of", &request.id)?;
+    for (place, mounts) in &below {
+        if let Some((_, tree)) = entries.get(*place) {
+            pod.staging
+                .attach_in(tree, mounts)
+                .step("stage mounts below volumes of", &request.id)?;
+        }
+    }
     if !controllers.is_empty() {
         pod.staging
             .attach_below(&format!("{directory}/cgroup"), &controllers)

@@ -122,6 +122,7 @@ impl Shared {
                         recursive: false,
                     },
                     attributes: 0,
+                    receives: false,
                 },
             );
             entries.push((entry, tree));

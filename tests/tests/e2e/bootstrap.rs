@@ -111,6 +111,17 @@ fn c005_info_features() -> Outcome {
     Ok(())
 }
 
+/// `mountOptions` of the features that `-info` tells.
+pub fn mount_options() -> Result<Vec<String>, Stop> {
+    let features = info(&[])?.features.unwrap_or_default();
+    let json: Value = serde_json::from_slice(&features.value)?;
+    let list = json["mountOptions"].as_array().cloned().unwrap_or_default();
+    Ok(list
+        .iter()
+        .filter_map(|option| option.as_str().map(str::to_owned))
+        .collect())
+}
+
 fn c006_namespace_is_required() -> Outcome {
     for action in ["start", "delete"] {
         let output = shim(&["-id", "x", action], &[])?;

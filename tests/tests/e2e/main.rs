@@ -40,6 +40,8 @@ mod trees;
 mod update;
 mod userns;
 mod userns_rootfs;
+mod volumes;
+mod volumes_later;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -88,6 +90,8 @@ fn main() -> ExitCode {
         cri::trials(),
         systemd::trials(),
         faults::trials(),
+        volumes::trials(),
+        volumes_later::trials(),
     ]
     .into_iter()
     .flatten()
