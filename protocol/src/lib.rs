@@ -5,7 +5,7 @@
 //! (one message per packet, descriptors by SCM_RIGHTS):
 //!
 //! * shim ⇄ agent: [`ToAgent`], one for the pod. The agent only launches
-//!   forkers; it answers nothing but [`FromAgent::Ready`].
+//!   forkers and the pause; it answers nothing but [`FromAgent::Ready`].
 //! * shim ⇄ forker: [`ToForker`] and [`FromForker`], one for each container.
 //!   Everything about a container's processes comes in order on this one.
 //!
@@ -46,8 +46,27 @@ pub enum ToAgent {
     /// Make the forker of a container. Descriptors: the forker's channel, the
     /// plan ([`plan::LaunchPlan`] in a memfd), the user namespace B, and the
     /// files that put their writer into the cgroup: `tasks` of each hierarchy
-    /// on v1, `cgroup.procs` on v2.
+    /// on v1, `cgroup.procs` on v2. Last, if the plan joins one, the pid
+    /// namespace.
     Launch,
+    /// Make the pod's pid namespace, which containers may share, and its first
+    /// process, the pause. Descriptors: the channel for [`FromPause`], the plan
+    /// ([`plan::PausePlan`] in a memfd), and the user namespace B.
+    Pause,
+}
+
+/// From the first process of the pod's pid namespace. That the channel ends
+/// after [`FromPause::Ready`] says that its filter is on too: the last thing
+/// that it ever does.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromPause {
+    /// Set up, but for its filter. Descriptor: a pidfd of it.
+    Ready,
+    /// It could not be made, and ends.
+    Failed {
+        /// One line: step and reason.
+        text: String,
+    },
 }
 
 /// From the agent to the shim.

@@ -58,6 +58,15 @@ pub struct LaunchPlan {
     /// Processes install filters of their own without no_new_privs: so the
     /// forker keeps CAP_SYS_ADMIN, of the container's user namespace (seccomp(2)).
     pub own_filters: bool,
+    /// Join the pid namespace that comes with the plan, rather than make one.
+    pub joins_pids: bool,
+}
+
+/// How the first process of the pod's pid namespace locks itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PausePlan {
+    /// Its filter (`struct sock_filter` array).
+    pub filter: Vec<u8>,
 }
 
 /// A program of the node, to be run where the container is assembled, behind

@@ -6,6 +6,9 @@
 //! mount, and waits, by turns with the forker: it locks itself as the forker does
 //! once the tree is complete, and becomes the container's init when that is
 //! asked for. It never has a descriptor of the shim's.
+//!
+//! A pid namespace that is joined has an init already, so any process in it will
+//! do, and one that ends at once is the simplest.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -112,6 +115,34 @@ impl EarlyInit {
                 let _ = process::wait(&self.pidfd);
                 Err(error)
             }
+        }
+    }
+}
+
+/// Forks a process into a pid namespace that has its init already, has it make
+/// the detached mount that comes back, and end. Whoever lives in there may see
+/// it for that moment, and do nothing to it: it is the agent's.
+pub fn visit(make_proc: impl FnOnce() -> Result<OwnedFd, StepError>) -> Result<OwnedFd, StepError> {
+    let (ours, theirs) = message::pair().at("make", "socket pair")?;
+    match process::fork().map_err(spawn::exhausted)? {
+        Fork::Child => {
+            let made = exec::close_all_except(&[theirs.as_fd()])
+                .at("close", "inherited descriptors")
+                .and_then(|()| make_proc())
+                .and_then(|proc| spawn::prepared(&theirs, &[proc.as_fd()]));
+            if let Err(error) = made {
+                spawn::report(&theirs, &error);
+            }
+            process::exit_now(0)
+        }
+        Fork::Parent(_, pidfd) => {
+            drop(theirs);
+            let told = spawn::told(&ours);
+            let _ = process::wait(&pidfd);
+            told?.flatten().ok_or_else(|| StepError {
+                invalid: false,
+                ..StepError::invalid("mount", "proc", "the process that was to do it has died")
+            })
         }
     }
 }

@@ -14,7 +14,7 @@ use casemate_sys::{ident, process};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::confine::{self, NEW_ROOT, Who};
-use crate::early::EarlyInit;
+use crate::early::{self, EarlyInit};
 use crate::error::{At, StepError};
 use crate::hook::Runner;
 use crate::root::{self, Links};
@@ -34,6 +34,8 @@ enum Proc<'a> {
     PidNamespace(OwnedFd),
     /// Only by the namespace's own init, which enters B later.
     ByInit(&'a OwnedFd),
+    /// The namespace has its init already: by a short-lived process in it.
+    ByVisitor,
 }
 
 /// Host ids of the container's root as seen from A: A is `0` the agent, `1…`
@@ -43,26 +45,40 @@ const ROOT_IN_A: u32 = 1;
 /// Does everything up to the forker's lock-down, in the order that the
 /// kernel's rules dictate: cgroup, then its namespace; pid namespace, then
 /// proc; all mounts, then Landlock; the user namespace last.
+///
+/// `more` is what came with the plan: files of the cgroup, and the pid
+/// namespace if one is joined.
 pub fn assemble(
     plan: &LaunchPlan,
-    cgroup: Vec<OwnedFd>,
+    mut more: Vec<OwnedFd>,
     namespace_b: OwnedFd,
     channel: &Channel,
 ) -> Result<Container, StepError> {
-    for file in &cgroup {
+    let joined = match plan.joins_pids {
+        true => Some(
+            more.pop()
+                .ok_or_else(|| StepError::invalid("join", "pid namespace", "no descriptor"))?,
+        ),
+        false => None,
+    };
+    for file in &more {
         // "0" is the writer itself. The permission is the opener's, the shim's:
         // nobody in here could open these files (cgroups(7), "Delegation").
         rustix::io::write(file, b"0").at("join cgroup", "")?;
     }
-    drop(cgroup);
+    drop(more);
     namespace::unshare(kind::CGROUP).at("unshare", "cgroup namespace")?;
     // Forks from here on are born in the container's pid namespace, the first
-    // of them as its init.
+    // of them as its init (unless it joins others').
     let hooks = match plan.hooks.is_empty() {
         true => None,
         false => Some(Runner::fork(plan, &namespace_b)?),
     };
-    namespace::unshare(kind::PID).at("unshare", "pid namespace")?;
+    // Either way only children will live there: nobody in it sees the forker.
+    match &joined {
+        Some(namespace) => namespace::enter(namespace, kind::PID).at("join", "pid namespace")?,
+        None => namespace::unshare(kind::PID).at("unshare", "pid namespace")?,
+    }
     if plan.time_namespace {
         namespace::unshare(kind::TIME).at("unshare", "time namespace")?;
         // The clocks are the shim's to set: nobody in here has CAP_SYS_TIME.
@@ -71,7 +87,7 @@ pub fn assemble(
     ident::set_securebits(ident::securebits::NO_SETUID_FIXUP).at("set", "securebits")?;
     ident::set_fs_ids(ROOT_IN_A, ROOT_IN_A).at("set", "file ids")?;
 
-    let container = assemble_root(plan, &namespace_b, channel, hooks)?;
+    let container = assemble_root(plan, &namespace_b, channel, hooks, joined)?;
     if let Some(early) = &container.early {
         early.lock()?;
     }
@@ -120,6 +136,7 @@ fn assemble_root(
     namespace_b: &OwnedFd,
     channel: &Channel,
     hooks: Option<Runner>,
+    joined: Option<OwnedFd>,
 ) -> Result<Container, StepError> {
     let staging = rustix::fs::open(
         format!("/staging/{}", plan.staging),
@@ -144,7 +161,7 @@ fn assemble_root(
     let rootfs = clone_tree(&staging, Path::new("rootfs"), true, false).at("clone", "rootfs")?;
     mount::attach(&rootfs, CWD, NEW_ROOT).at("attach", "rootfs")?;
 
-    let proc = proc_of_children(plan, namespace_b);
+    let proc = proc_of_children(plan, namespace_b, joined);
     let mut early = None;
     for entry in &plan.mounts {
         let cloned = if entry.receives {
@@ -214,18 +231,28 @@ fn attach_at(rootfs: &OwnedFd, tree: &OwnedFd, entry: &Mount) -> Result<(), Step
 }
 
 /// By what way proc can be mounted here.
-fn proc_of_children<'a>(plan: &LaunchPlan, namespace_b: &'a OwnedFd) -> Proc<'a> {
+fn proc_of_children<'a>(
+    plan: &LaunchPlan,
+    namespace_b: &'a OwnedFd,
+    joined: Option<OwnedFd>,
+) -> Proc<'a> {
+    let otherwise = match joined {
+        Some(_) => Proc::ByVisitor,
+        None => Proc::ByInit(namespace_b),
+    };
     if plan.older_kernel {
-        return Proc::ByInit(namespace_b);
+        return otherwise;
     }
     let of_children = || -> std::io::Result<OwnedFd> {
-        let me = process::open_pidfd(process::own_pid())?;
-        let namespace = namespace::pid_for_children(&me)?;
+        let namespace = match joined {
+            Some(namespace) => namespace,
+            None => namespace::pid_for_children(&process::open_pidfd(process::own_pid())?)?,
+        };
         // Known to the kernel only since 6.17, later than the ioctl.
         NewFs::open("proc")?.fd("pidns", &namespace)?;
         Ok(namespace)
     };
-    of_children().map_or(Proc::ByInit(namespace_b), Proc::PidNamespace)
+    of_children().map_or(otherwise, Proc::PidNamespace)
 }
 
 /// Mounts that the sandbox itself stands on: a link there is an attack.
@@ -259,6 +286,7 @@ fn attach_one(
                 Proc::PidNamespace(namespace) => {
                     new_mount(fstype, options, entry, Some(namespace))?
                 }
+                Proc::ByVisitor => early::visit(|| new_mount(fstype, options, entry, None))?,
                 Proc::ByInit(namespace_b) => match early {
                     // A second proc is a second view of the first.
                     Some(_) => {

@@ -12,6 +12,7 @@ mod forker;
 mod hook;
 mod launch;
 mod passwd;
+mod pause;
 mod pod;
 mod root;
 mod spawn;

@@ -61,6 +61,7 @@ pub fn run() -> Result<(), StepError> {
             match channel.receive::<ToAgent>(false) {
                 Ok(None) => return Ok(()),
                 Ok(Some((ToAgent::Launch, fds))) => launch(fds),
+                Ok(Some((ToAgent::Pause, fds))) => crate::pause::start(fds),
                 Ok(Some((ToAgent::Configure, _))) => {}
                 Err(TransportError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(io::Error::other(e)).at("receive", ""),
@@ -147,7 +148,7 @@ fn launch(mut fds: Vec<OwnedFd>) {
     if fds.len() < 3 {
         return;
     }
-    let cgroup: Vec<OwnedFd> = fds.drain(3..).collect();
+    let more: Vec<OwnedFd> = fds.drain(3..).collect();
     let (Some(namespace_b), Some(plan), Some(channel)) = (fds.pop(), fds.pop(), fds.pop()) else {
         return;
     };
@@ -156,7 +157,7 @@ fn launch(mut fds: Vec<OwnedFd>) {
         Ok(Fork::Parent(..)) => {}
         Ok(Fork::Child) => {
             let mut keep = vec![channel.as_fd(), plan.as_fd(), namespace_b.as_fd()];
-            keep.extend(cgroup.iter().map(AsFd::as_fd));
+            keep.extend(more.iter().map(AsFd::as_fd));
             // The agent's own descriptors end here, its values are never used again.
             let closed = exec::close_all_except(&keep).at("close", "inherited descriptors");
             drop(keep);
@@ -164,7 +165,7 @@ fn launch(mut fds: Vec<OwnedFd>) {
                 let plan: LaunchPlan = read_plan(plan)
                     .map_err(io::Error::other)
                     .at("read", "launch plan")?;
-                launch::assemble(&plan, cgroup, namespace_b, &channel)
+                launch::assemble(&plan, more, namespace_b, &channel)
             });
             match result {
                 Ok(container) => crate::forker::run(channel, container),

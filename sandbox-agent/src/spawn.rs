@@ -213,7 +213,7 @@ pub fn exhausted(error: io::Error) -> StepError {
             "the pids limit of the container is used up (linux.resources.pids.limit)".to_owned()
         }
         Some(nomem) if nomem == rustix::io::Errno::NOMEM.raw_os_error() => {
-            "the container's init has ended, or its memory is used up".to_owned()
+            "the init of its pid namespace has ended, or its memory is used up".to_owned()
         }
         _ => error.to_string(),
     };

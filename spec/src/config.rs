@@ -127,10 +127,6 @@ impl Default for Ids {
 pub struct Sandbox {
     /// `hostNetwork: true` is accepted.
     pub allow_host_network: bool,
-    /// `hostPID: true` is accepted.
-    pub allow_host_pid: bool,
-    /// `hostIPC: true` is accepted.
-    pub allow_host_ipc: bool,
     /// containerd may make pods by its sandbox API (`sandboxer = "shim"`).
     pub api: bool,
     /// The agent's binary; unset is `casemate-agent` beside the shim's.

@@ -30,12 +30,12 @@ rules! {
         "Remove hostNetwork, or set sandbox.allow_host_network in the node's configuration.";
     HOST_PID = "host-pid",
         "the host's processes are refused in this sandbox",
-        "the host's /proc shows what other pods run",
-        "Remove hostPID, or set sandbox.allow_host_pid in the node's configuration.";
+        "the host's /proc shows what the node and other pods run, and no setting changes that",
+        "Remove hostPID (shareProcessNamespace works), or use another RuntimeClass.";
     HOST_IPC = "host-ipc",
         "the host's shared memory is refused in this sandbox",
-        "shared memory is a way into the processes that use it",
-        "Remove hostIPC, or set sandbox.allow_host_ipc in the node's configuration.";
+        "shared memory is a way into the node's processes that use it, and no setting changes that",
+        "Remove hostIPC, or use another RuntimeClass.";
     HOST_MOUNT = "host-mount-namespace",
         "a mount namespace that isn't the container's own is refused",
         "it holds the files of somebody else",

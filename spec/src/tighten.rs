@@ -46,7 +46,7 @@ pub enum Namespace {
     New,
     /// The one at this path, as the host sees it.
     Path(String),
-    /// The host's; only where the configuration allows it by name.
+    /// The host's: of the network alone, where the configuration allows it.
     Host,
 }
 
@@ -333,16 +333,9 @@ fn namespaces(linux: &Linux, allow: &Sandbox) -> Result<Namespaces, Refusal> {
             Some(&HOST_NETWORK),
             allow.allow_host_network,
         )?,
-        pid: find(
-            LinuxNamespaceType::Pid,
-            Some(&HOST_PID),
-            allow.allow_host_pid,
-        )?,
-        ipc: find(
-            LinuxNamespaceType::Ipc,
-            Some(&HOST_IPC),
-            allow.allow_host_ipc,
-        )?,
+        // Never the host's: no sandbox would be left around them.
+        pid: find(LinuxNamespaceType::Pid, Some(&HOST_PID), false)?,
+        ipc: find(LinuxNamespaceType::Ipc, Some(&HOST_IPC), false)?,
         // Left out together with the network by hostNetwork; the host's name
         // is not worth a hole, so the container gets its own.
         uts: find(LinuxNamespaceType::Uts, None, true)?,
@@ -491,8 +484,6 @@ fn sysctls(linux: &Linux, namespaces: &Namespaces) -> Result<BTreeMap<String, St
             }
         } else if !ipc {
             return no("");
-        } else if namespaces.ipc == Namespace::Host {
-            return no(" would change the host's ipc");
         }
         sysctls.insert(key.clone(), value.clone());
     }

@@ -41,11 +41,7 @@ fn no_file_is_the_defaults() {
     );
     assert_eq!(config.profile, Profile::Default);
     assert_eq!(config.log.level, Level::Info);
-    assert!(
-        !config.sandbox.allow_host_network
-            && !config.sandbox.allow_host_pid
-            && !config.sandbox.allow_host_ipc
-    );
+    assert!(!config.sandbox.allow_host_network);
     assert_eq!(config.volumes.without_idmap, WithoutIdmap::ReadOnly);
     assert!(!config.fallback.without_landlock && config.fallback.without_oom_score_adj);
     assert_eq!(caps::names(config.capabilities.allow).len(), 10);

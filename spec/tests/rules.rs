@@ -531,19 +531,18 @@ fn somebody_elses_text_stays_on_one_line() {
 }
 
 #[test]
-fn host_namespaces_are_the_hosts_where_the_node_allows_them_by_name() {
-    let host = with(
+fn the_hosts_network_alone_is_given_where_the_node_allows_it_by_name() {
+    let without_network = with(
         CTR_1_6,
-        &[("/linux/namespaces", json!([{"type": "mount"}]))],
+        &[(
+            "/linux/namespaces",
+            json!([{"type": "mount"}, {"type": "pid"}, {"type": "ipc"}]),
+        )],
     );
-    assert_eq!(refusal(&host).rule, "host-network");
-    let allow = config(
-        "[sandbox]\nallow_host_network = true\nallow_host_pid = true\nallow_host_ipc = true",
-    );
-    let namespaces = policy(&host, &allow).unwrap().namespaces;
+    assert_eq!(refusal(&without_network).rule, "host-network");
+    let allow = config("[sandbox]\nallow_host_network = true");
+    let namespaces = policy(&without_network, &allow).unwrap().namespaces;
     assert_eq!(namespaces.network, Namespace::Host);
-    assert_eq!(namespaces.pid, Namespace::Host);
-    assert_eq!(namespaces.ipc, Namespace::Host);
     assert_eq!(
         namespaces.uts,
         Namespace::New,
@@ -551,10 +550,14 @@ fn host_namespaces_are_the_hosts_where_the_node_allows_them_by_name() {
     );
     // And then its sysctls would be the node's.
     let sysctl = with(
-        &host,
+        &without_network,
         &[("/linux/sysctl", json!({"net.ipv4.ip_forward": "1"}))],
     );
     assert_eq!(policy(&sysctl, &allow).unwrap_err().rule, "sysctl");
+    for (kind, rule) in [("pid", "host-pid"), ("ipc", "host-ipc")] {
+        let host = with(CTR_1_6, &[("/linux/namespaces", namespaces_without(kind))]);
+        assert_eq!(policy(&host, &allow).unwrap_err().rule, rule);
+    }
 }
 
 #[test]

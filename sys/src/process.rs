@@ -250,6 +250,17 @@ pub fn reset_signals() {
     }
 }
 
+/// Ignores SIGCHLD: the kernel then reaps children by itself, adopted ones too
+/// (waitpid(2), "Linux notes").
+pub fn ignore_children() -> io::Result<()> {
+    // SAFETY: SIG_IGN is a valid disposition and no handler is replaced that
+    // anything here counts on.
+    if unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) } == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// A resource limit of process `pid` (0: this one), prlimit(2).
 pub fn set_limit(pid: u32, resource: u32, soft: u64, hard: u64) -> io::Result<()> {
     let new = libc::rlimit64 {

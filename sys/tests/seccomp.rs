@@ -108,11 +108,12 @@ fn a_high_word_does_not_pass_tiocsti() {
 #[test]
 fn every_shipped_filter_is_accepted_and_lets_getpid_run() {
     for name in seccomp_profiles::shipped_names() {
-        assert_eq!(
-            under(name, libc::SYS_getpid, [0; 4]),
-            Outcome::Returned,
-            "{name}"
-        );
+        // The pause is content with less.
+        let getpid = match name {
+            "pause" => Outcome::Errno(libc::EPERM),
+            _ => Outcome::Returned,
+        };
+        assert_eq!(under(name, libc::SYS_getpid, [0; 4]), getpid, "{name}");
         assert_eq!(
             under(name, libc::SYS_mount, [0; 4]),
             Outcome::Errno(libc::EPERM),
@@ -183,7 +184,8 @@ fn what_is_no_program_is_refused() {
 /// within a hundred times what it should be.
 #[test]
 fn installation_is_quick() {
-    for name in seccomp_profiles::shipped_names() {
+    // Under the pause's nothing could be told.
+    for name in seccomp_profiles::shipped_names().filter(|name| *name != "pause") {
         let program = seccomp_profiles::shipped_program(name).unwrap();
         let mut best = Duration::MAX;
         for _ in 0..15 {

@@ -43,7 +43,8 @@ pub fn profile_name(profile: Profile) -> &'static str {
     }
 }
 
-fn program(name: &str) -> Result<Vec<u8>, SandboxError> {
+/// A shipped profile, compiled.
+pub fn program(name: &str) -> Result<Vec<u8>, SandboxError> {
     seccomp_profiles::shipped_program(name)
         .map(<[u8]>::to_vec)
         .ok_or_else(|| SandboxError::Failed(format!("profile \"{name}\" isn't in this binary")))
@@ -165,6 +166,7 @@ pub fn container(
         wait_before_root: spec.hooks.wait_before_root(),
         hooks: spec.hooks.create_container.iter().map(hook).collect(),
         own_filters: own_filter(process) && spec.seccomp.is_some(),
+        joins_pids: false,
     };
     Ok(Launch { plan, staged })
 }

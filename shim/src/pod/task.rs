@@ -28,7 +28,8 @@ pub const KILLED: u32 = 137;
 
 /// What stands behind a record.
 pub enum Kind {
-    /// CRI's sandbox container: nothing runs, the agent's pid stands for it.
+    /// CRI's sandbox container: nothing of its image runs, the pod's pause
+    /// stands for it.
     Pause,
     /// A container.
     Real(Arc<Container>),
@@ -276,6 +277,9 @@ impl Task {
         self.started(&mut book, process);
         if let Some(exit) = book.early.remove(&key) {
             self.settle(&mut book, process, exited(exit));
+        } else if book.init_exit.is_some() {
+            // Born after init's end, in a pid namespace that goes on.
+            self.kill_rest();
         }
         if let Err(error) = attached {
             // It runs without its streams: end it, the exit tells the rest.
@@ -454,17 +458,22 @@ impl Task {
         }
         if is_init {
             book.init_exit.get_or_insert(exited);
-            let others = book.execs.values().any(is_alive);
-            if (others || !self.private_pids)
-                && let Some(container) = self.container()
-                && let Err(error) = container.kill_all(libc::SIGKILL)
-            {
-                log::warn!("container {}: kill what init left: {error}", self.id);
+            if book.execs.values().any(is_alive) || !self.private_pids {
+                self.kill_rest();
             }
         } else {
             self.record(process, exited);
         }
         self.finish_init(book);
+    }
+
+    /// Whatever outlives init goes with it.
+    fn kill_rest(&self) {
+        if let Some(container) = self.container()
+            && let Err(error) = container.kill_all(libc::SIGKILL)
+        {
+            log::warn!("container {}: kill what init left: {error}", self.id);
+        }
     }
 
     /// Init's exit is the container's last.

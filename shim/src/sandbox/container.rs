@@ -3,8 +3,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use casemate_cgroup::{Attach, Cgroup};
@@ -95,14 +95,16 @@ pub(super) async fn create(
     request: ContainerRequest,
 ) -> Result<(Arc<Container>, Spawned), SandboxError> {
     let spec = read_spec(&request.bundle, &request.id, &pod.config)?;
-    namespaces::check(&spec.namespaces, pod.agent.pid, pod.network.namespace())?;
-    users::check(spec.users.as_ref(), pod.users.as_ref(), pod.agent.pid)?;
+    let joined = namespaces::check(
+        &spec.namespaces,
+        pod.agent.pid,
+        pod.network.namespace(),
+        || pod.pid_namespaces(),
+    )?;
+    users::check(spec.users.as_ref(), pod.users.as_ref(), &pod.userns)?;
     let filter = plan::filter(spec.seccomp.as_ref())?;
     let directory = {
-        let mut next = pod
-            .next
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut next = pod.next.lock().unwrap_or_else(PoisonError::into_inner);
         *next += 1;
         next.to_string()
     };
@@ -120,7 +122,8 @@ pub(super) async fn create(
         staging: &pod.staging,
         directory: &directory,
     };
-    let launched = launch(pod, &request, &spec, &filter, &cgroup, holder, &directory).await;
+    let place = (&*directory, joined.as_ref());
+    let launched = launch(pod, &request, &spec, &filter, &cgroup, holder, place).await;
     let launched = launched.and_then(|(forker, forker_pid, forker_pidfd, spawned)| {
         let init = spawned.pidfd.try_clone().step("copy", "pidfd")?;
         let entry = Entry::Init {
@@ -181,7 +184,7 @@ async fn launch(
     filter: &(Vec<u8>, u32),
     cgroup: &Cgroup,
     holder: Option<Holder>,
-    directory: &str,
+    (directory, joined): (&str, Option<&OwnedFd>),
 ) -> Result<Launched, SandboxError> {
     if let Some(resources) = &spec.resources {
         for warning in cgroup
@@ -191,7 +194,8 @@ async fn launch(
             log::warn!("container {}: {warning}", request.id);
         }
     }
-    let plan = mounts::stage(pod, request, spec, cgroup, directory)?;
+    let mut plan = mounts::stage(pod, request, spec, cgroup, directory)?;
+    plan.joins_pids = joined.is_some();
     let sealed = seal_plan(&plan)
         .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
     let (ours, theirs) = message::pair().step("make", "socket pair")?;
@@ -214,6 +218,7 @@ async fn launch(
         .ready(|| {
             let mut fds = vec![theirs.as_fd(), sealed.as_fd(), pod.userns.as_fd()];
             fds.extend(files.iter().map(AsFd::as_fd));
+            fds.extend(joined.map(AsFd::as_fd));
             let sent = pod.agent.channel.send_now(&ToAgent::Launch, &fds);
             // Ours must not outlive the forker's, or its end is never seen.
             drop(theirs);
@@ -261,6 +266,9 @@ async fn launch(
         (&spec.process, &process),
         cgroup,
     )?;
+    if let Some(namespace) = joined {
+        verify::pids(&spawned.pidfd, namespace)?;
+    }
     Ok((forker, forker_pid, forker_pidfd, spawned))
 }
 
@@ -504,6 +512,11 @@ impl Container {
     /// no process of the container.
     pub fn forker_pid(&self) -> u32 {
         self.forker_pid
+    }
+
+    /// The pid namespace that it lives in, while init does.
+    pub(super) fn pid_namespace(&self) -> Option<OwnedFd> {
+        super::pause::pid_namespace(&self.init).ok()
     }
 
     /// Signals every process of the container.

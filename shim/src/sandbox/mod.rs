@@ -8,6 +8,7 @@ mod hooks;
 mod leftovers;
 mod mounts;
 mod namespaces;
+mod pause;
 mod place;
 mod shared;
 mod users;
@@ -15,7 +16,7 @@ mod verify;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use casemate_cgroup::{Cgroup, Hierarchy, Stats};
@@ -36,6 +37,7 @@ use leftovers::Leftovers;
 
 pub use container::Container;
 pub use hooks::after_death;
+use pause::Pause;
 pub use place::keep_limits;
 pub use shared::Files;
 use shared::Shared;
@@ -182,6 +184,10 @@ pub struct Sandbox {
     /// Files and memory that the pod's containers share, where they are ours to
     /// give.
     shared: Option<Shared>,
+    /// Made for CRI's sandbox container, when that is created.
+    pause: tokio::sync::OnceCell<Pause>,
+    /// Its containers, as far as they still exist.
+    members: Mutex<Vec<Weak<Container>>>,
     /// Names staging directories; ids of containers aren't file names we chose.
     next: Mutex<u32>,
     /// What containers couldn't take away.
@@ -348,14 +354,50 @@ impl Sandbox {
             landlock,
             runner,
             shared,
+            pause: tokio::sync::OnceCell::new(),
+            members: Mutex::default(),
             next: Mutex::new(0),
             leftovers: Arc::default(),
         }))
     }
 
-    /// Host pid of the agent, which is the pod's sandbox process.
-    pub fn agent_pid(&self) -> u32 {
-        self.agent.pid
+    /// Makes the pause, the pod's sandbox process, unless there is one; its
+    /// host pid.
+    pub async fn pause(&self) -> Result<u32, SandboxError> {
+        let made = self.pause.get_or_try_init(|| Pause::make(self)).await?;
+        Ok(made.pid())
+    }
+
+    /// Host pid of the pause, or of the agent where there is none.
+    pub fn pid(&self) -> u32 {
+        self.pause.get().map_or(self.agent.pid, Pause::pid)
+    }
+
+    /// Resolves when the pause has ended; at once if there is none.
+    pub async fn pause_ended(&self) {
+        if let Some(pause) = self.pause.get() {
+            pause.ended().await;
+        }
+    }
+
+    /// Ends the pod when its pause has ended.
+    pub async fn end_with_pause(&self) {
+        self.pause_ended().await;
+        let _ = casemate_sys::process::signal(&self.agent.pidfd, KILL);
+    }
+
+    /// The pid namespaces that a new container may join: the pause's, and those
+    /// of the containers.
+    fn pid_namespaces(&self) -> Vec<OwnedFd> {
+        let pauses = self.pause.get().map(Pause::namespace);
+        let mut found: Vec<OwnedFd> = pauses
+            .and_then(|n| n.try_clone().ok())
+            .into_iter()
+            .collect();
+        let members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        let alive = members.iter().filter_map(Weak::upgrade);
+        found.extend(alive.filter_map(|container| container.pid_namespace()));
+        found
     }
 
     /// The agent's own cgroup.
@@ -379,21 +421,7 @@ impl Sandbox {
 
     /// Resolves when the agent has gone (the pod is lost, or was stopped).
     pub async fn lost(&self) {
-        let Ok(copy) = self.agent.pidfd.try_clone() else {
-            return;
-        };
-        let Ok(fd) = crate::io::watch(copy, Interest::READABLE) else {
-            return;
-        };
-        loop {
-            let Ok(mut guard) = fd.readable().await else {
-                return;
-            };
-            if is_ready(fd.get_ref()) {
-                return;
-            }
-            guard.clear_ready();
-        }
+        ended(&self.agent.pidfd).await;
     }
 
     /// Makes a container with its init parked before exec. On error nothing
@@ -402,7 +430,11 @@ impl Sandbox {
         &self,
         request: ContainerRequest,
     ) -> Result<(Arc<Container>, Spawned), SandboxError> {
-        container::create(self, request).await
+        let made = container::create(self, request).await?;
+        let mut members = self.members.lock().unwrap_or_else(PoisonError::into_inner);
+        members.retain(|container| container.strong_count() > 0);
+        members.push(Arc::downgrade(&made.0));
+        Ok(made)
     }
 
     /// Kills the agent, and so everything of the pod. Requests that wait for
@@ -467,6 +499,25 @@ fn end(agent: &Agent) -> bool {
 /// Takes a dead child off the process table; another reaper may have been faster.
 fn reap(pidfd: &OwnedFd) {
     let _ = casemate_sys::process::try_wait(pidfd);
+}
+
+/// Resolves when the process behind `pidfd` has ended.
+async fn ended(pidfd: &OwnedFd) {
+    let Ok(copy) = pidfd.try_clone() else {
+        return;
+    };
+    let Ok(fd) = crate::io::watch(copy, Interest::READABLE) else {
+        return;
+    };
+    loop {
+        let Ok(mut guard) = fd.readable().await else {
+            return;
+        };
+        if is_ready(fd.get_ref()) {
+            return;
+        }
+        guard.clear_ready();
+    }
 }
 
 fn is_ready(fd: impl AsFd) -> bool {

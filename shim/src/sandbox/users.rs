@@ -2,7 +2,7 @@
 //!
 //! Containers always live in the pod's own namespace B. What a specification
 //! says counts as a mapping only: it must be the pod's, and a path must lead to
-//! the namespace that was pinned for the pod, or to the agent's.
+//! the namespace that was pinned for the pod, or to B (as the pause's does).
 
 use std::os::fd::OwnedFd;
 
@@ -45,12 +45,11 @@ impl Chosen {
     }
 }
 
-/// Checks what a container's specification says. `agent` is the agent's host
-/// pid.
+/// Checks what a container's specification says. `own` is B.
 pub fn check(
     wanted: Option<&PodUsers>,
     pod: Option<&Chosen>,
-    agent: u32,
+    own: &OwnedFd,
 ) -> Result<(), SandboxError> {
     let (wanted, pod) = match (wanted, pod) {
         (None, None) => return Ok(()),
@@ -74,14 +73,13 @@ pub fn check(
     let Some(path) = &wanted.path else {
         return Ok(());
     };
-    let own = format!("/proc/{agent}/ns/user");
     let is = rustix::fs::stat(path.as_str()).step("look at user namespace", path)?;
-    let agents = rustix::fs::stat(own.as_str()).step("look at user namespace", &own)?;
+    let own = rustix::fs::fstat(own).step("look at", "user namespace")?;
     let pinned = match &pod.pinned {
         Some(pinned) => Some(rustix::fs::fstat(pinned).step("look at", "user namespace")?),
         None => None,
     };
-    let known = [Some(agents), pinned];
+    let known = [Some(own), pinned];
     if known
         .iter()
         .flatten()
@@ -102,6 +100,7 @@ mod tests {
     #[test]
     fn only_the_pods_own_mapping_and_namespaces_are_accepted() {
         let me = std::process::id();
+        let own = OwnedFd::from(std::fs::File::open("/proc/self/ns/user").unwrap());
         let wanted = |first, path: &str| PodUsers {
             first,
             path: (!path.is_empty()).then(|| path.to_owned()),
@@ -110,10 +109,10 @@ mod tests {
             first: 65536,
             pinned: None,
         };
-        check(None, None, me).unwrap();
-        check(Some(&wanted(65536, "")), Some(&pod), me).unwrap();
-        let agents = wanted(65536, &format!("/proc/{me}/ns/user"));
-        check(Some(&agents), Some(&pod), me).unwrap();
+        check(None, None, &own).unwrap();
+        check(Some(&wanted(65536, "")), Some(&pod), &own).unwrap();
+        let pauses = wanted(65536, &format!("/proc/{me}/ns/user"));
+        check(Some(&pauses), Some(&pod), &own).unwrap();
         for (wanted, pod, part) in [
             (Some(wanted(131_072, "")), Some(&pod), "131072"),
             (None, Some(&pod), "no host ids"),
@@ -129,7 +128,7 @@ mod tests {
                 "/nonexistent",
             ),
         ] {
-            let text = check(wanted.as_ref(), pod, me).unwrap_err().to_string();
+            let text = check(wanted.as_ref(), pod, &own).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
         }
     }

@@ -10,7 +10,8 @@ use casemate_cgroup::Cgroup;
 use casemate_protocol::plan::ProcessPlan;
 use casemate_spec::ProcessSpec;
 
-use super::SandboxError;
+use super::namespaces::identity_of;
+use super::{SandboxError, pause};
 use crate::bootstrap::proc;
 
 /// The host pid behind a pidfd that came from inside, which must be of a child
@@ -58,6 +59,17 @@ pub fn init(
         Ok(())
     } else {
         Err(unlike("cgroup", "another", "the container's"))
+    }
+}
+
+/// Checks that init is where it was to join others.
+pub fn pids(init: &OwnedFd, wanted: &OwnedFd) -> Result<(), SandboxError> {
+    let is = pause::pid_namespace(init)
+        .map_err(|e| SandboxError::Unavailable(format!("look at init: {e}")))?;
+    if identity_of(is) == identity_of(wanted) {
+        Ok(())
+    } else {
+        Err(unlike("pid namespace", "another", "the one it was to join"))
     }
 }
 

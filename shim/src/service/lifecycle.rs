@@ -24,12 +24,14 @@ use crate::pod::process::{Exited, Process};
 use crate::pod::state::Phase;
 use crate::pod::task::{KILLED, Kind, Task};
 use crate::pod::{Pod, Reservation};
-use crate::sandbox::{ContainerRequest, RootfsMount};
+use crate::sandbox::{ContainerRequest, RootfsMount, Sandbox};
 
 /// How long Delete waits for output that somebody holds or doesn't read.
 const DRAIN: Duration = Duration::from_secs(10);
 /// How long Delete waits for a parked init that it has killed.
 const KILLED_WITHIN: Duration = Duration::from_millis(600);
+/// How long exits of containers may take that end with the pause.
+const PAUSE_LAST: Duration = Duration::from_millis(300);
 
 /// Makes a container with its init parked before exec.
 pub async fn create(
@@ -53,7 +55,7 @@ pub async fn create(
     let paths = paths(&request);
 
     let made = if spec.is_pause() {
-        Ok((Kind::Pause, Process::pause(paths, sandbox.agent_pid())))
+        pause(&sandbox, &spec, &request.id, paths).await
     } else {
         make(&pod, &sandbox, &request, &bundle, paths).await
     };
@@ -114,13 +116,27 @@ fn created(
             ..TaskCreate::default()
         },
     );
-    if task.container().is_some() {
-        tokio::spawn(task.clone().reap());
-        task.watch_end(&task.init);
+    match task.container() {
+        Some(_) => {
+            tokio::spawn(task.clone().reap());
+            task.watch_end(&task.init);
+        }
+        None => drop(tokio::spawn(follow_pause(pod.clone(), task.clone()))),
     }
     if pod.sandbox().is_err() {
         // Lost while it was made: nobody else will end it.
         tokio::spawn(async move { task.abandon_within(Duration::from_millis(300)).await });
+    }
+}
+
+/// The pause may be killed from outside (by the host's OOM killer, say). Those
+/// who share its pid namespace end with it, and first.
+async fn follow_pause(pod: Arc<Pod>, task: Arc<Task>) {
+    if let Ok(sandbox) = pod.sandbox() {
+        sandbox.pause_ended().await;
+        drop(sandbox);
+        tokio::time::sleep(PAUSE_LAST).await;
+        task.end_pause(KILLED);
     }
 }
 
@@ -146,9 +162,27 @@ fn write_down(pod: &Pod, id: &str, bundle: &Path) -> Result<(), ShimError> {
         .map_err(|error| failed("write the journal", error))
 }
 
+/// Of CRI's sandbox container nothing but namespaces is wanted: the pod's pause
+/// has them all.
+async fn pause(
+    sandbox: &Sandbox,
+    spec: &Spec,
+    id: &str,
+    paths: Paths,
+) -> Result<(Kind, Process), ShimError> {
+    if !spec.has_private_pids() {
+        return Err(ShimError::InvalidArgument(format!(
+            "create container {id:?}: linux.namespaces[type=pid] has a path; a pod's sandbox \
+             container gets a new pid namespace, for others to join"
+        )));
+    }
+    let pid = sandbox.pause().await?;
+    Ok((Kind::Pause, Process::pause(paths, pid)))
+}
+
 async fn make(
     pod: &Pod,
-    sandbox: &crate::sandbox::Sandbox,
+    sandbox: &Sandbox,
     request: &CreateTaskRequest,
     bundle: &Path,
     paths: Paths,

@@ -149,6 +149,11 @@ async fn create(pod: &Arc<Pod>, request: CreateSandboxRequest) -> Result<(), Shi
         }
         Err(error) => return Err(error),
     }
+    // What containers will name by its pid. Here it is all that stands for the
+    // pod, so the pod ends with it.
+    let sandbox = pod.sandbox()?;
+    sandbox.pause().await?;
+    tokio::spawn(async move { sandbox.end_with_pause().await });
     pod.step(Step::Create(SystemTime::now()))
         .map(|_| ())
         .map_err(|life| wrong("CreateSandbox", life))
@@ -170,7 +175,7 @@ fn start(pod: &Arc<Pod>) -> Result<StartSandboxResponse, ShimError> {
         .step(Step::Start)
         .map_err(|life| wrong("StartSandbox", life))?;
     Ok(StartSandboxResponse {
-        pid: sandbox?.agent_pid(),
+        pid: sandbox?.pid(),
         created_at: life.created().map(timestamp).into(),
         ..StartSandboxResponse::default()
     })
@@ -179,7 +184,7 @@ fn start(pod: &Arc<Pod>) -> Result<StartSandboxResponse, ShimError> {
 fn status(pod: &Pod, life: Life, verbose: bool) -> SandboxStatusResponse {
     let is_ready = matches!(life, Life::Ready { .. });
     // A pid that has been given back may be anybody's.
-    let pid = pod.sandbox().map_or(0, |sandbox| sandbox.agent_pid());
+    let pid = pod.sandbox().map_or(0, |sandbox| sandbox.pid());
     let mut info = HashMap::new();
     if verbose {
         let text = serde_json::json!({

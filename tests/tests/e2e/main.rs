@@ -29,6 +29,8 @@ mod locks_pod;
 mod loggers;
 mod oci;
 mod pause;
+mod pods;
+mod pods_life;
 mod sandbox;
 mod sandbox_api;
 mod sandbox_api_containers;
@@ -81,6 +83,8 @@ fn main() -> ExitCode {
         locks::trials(),
         locks_pod::trials(),
         hooks::trials(),
+        pods::trials(),
+        pods_life::trials(),
         hostile::trials(),
         hostile_node::trials(),
         hostile_shape::trials(),

@@ -334,7 +334,7 @@ fn c119_paths_are_verified() -> Outcome {
     none.boot()?;
     expect_text("a container without ids", none.create(), "no host ids")?;
     none.forget();
-    // The pinned one itself is as good as the agent's.
+    // The pinned one itself is as good as the pause's.
     let mut task = pod::container(&pause, "c119pin", &["/bin/probe", "sleep"])?;
     mapped(&mut task, first, &pinned.user)?;
     remap(&mut task, first)?;
@@ -372,9 +372,9 @@ fn c120_user_namespace_made_by_the_runtime() -> Outcome {
     let mut pause = pod::pause("c120")?;
     mapped(&mut pause, first, Path::new(""))?;
     pause.boot()?;
-    let agent = pause.create()?.pid;
+    let pause_pid = pause.create()?.pid;
     // As CRI does between Create and Start: bind, then the network plugins.
-    let created = format!("/proc/{agent}/ns/net");
+    let created = format!("/proc/{pause_pid}/ns/net");
     ensure!(
         identity(&created)? != identity("/proc/self/ns/net")?,
         "the pod's network is the host's"
@@ -391,13 +391,13 @@ fn c120_user_namespace_made_by_the_runtime() -> Outcome {
             identity("/proc/self/ns/user")?,
             "owner of the network namespace"
         );
-        on_host(&["enter", "net", &agent.to_string(), "loopback"])?;
+        on_host(&["enter", "net", &pause_pid.to_string(), "loopback"])?;
         pause.rpc()?.start(&pause.id)?;
         ensure_eq!(identity(&created)?, network, "network after Start");
-        let map = fs::read_to_string(format!("/proc/{agent}/uid_map"))?;
+        let map = fs::read_to_string(format!("/proc/{pause_pid}/uid_map"))?;
         ensure!(
             map.lines()
-                .any(|l| words(l) == ["1", &first.to_string(), "65536"]),
+                .any(|l| words(l) == ["0", &first.to_string(), "65536"]),
             "the pod's own namespace maps {map}"
         );
         let script = "stat -c %u:%g /etc/passwd; ls /sys/class/net; echo end; exec sleep 600";
@@ -411,7 +411,7 @@ fn c120_user_namespace_made_by_the_runtime() -> Outcome {
         task.stdout.until("end", SHORT)?;
         let out = String::from_utf8_lossy(&task.stdout.so_far()).into_owned();
         ensure_eq!(words(&out), ["0:0", "lo", "end"], "what the container sees");
-        for who in [pid, agent] {
+        for who in [pid, pause_pid] {
             ensure!(
                 on_host(&["enter", "net,user", &who.to_string(), "loopback"]).is_err(),
                 "{who} changed the network"

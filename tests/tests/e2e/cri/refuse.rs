@@ -72,7 +72,7 @@ fn c118_host_pid(cri: &Cri) -> Outcome {
     config::pod_namespaces(&mut config).pid = NamespaceMode::Node as i32;
     says(
         &cri.refusal(config)?,
-        &["host's processes", "allow_host_pid"],
+        &["host's processes", "Remove hostPID"],
     )
 }
 
@@ -81,7 +81,7 @@ fn c118_host_ipc(cri: &Cri) -> Outcome {
     config::pod_namespaces(&mut config).ipc = NamespaceMode::Node as i32;
     says(
         &cri.refusal(config)?,
-        &["host's shared memory", "allow_host_ipc"],
+        &["host's shared memory", "Remove hostIPC"],
     )
 }
 
