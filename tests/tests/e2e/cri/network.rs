@@ -40,7 +40,7 @@ fn pods_reach_each_other(cri: &Cri) -> Outcome {
     server.run(listener)?;
     let address = server.ip()?;
     let id = client.sleeper("app")?;
-    let ask = format!("nc -w 5 {address} 80 </dev/null");
+    let ask = format!("timeout 10 nc -w 5 {address} 80 </dev/null");
     let mut last = String::new();
     let answered = until("an answer over TCP", Duration::from_secs(30), || {
         last = format!("{:?}", client.exec(&id, &["/bin/sh", "-c", &ask]));
