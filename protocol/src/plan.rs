@@ -183,4 +183,8 @@ pub struct ProcessPlan {
     /// Keep CAP_SYS_ADMIN, of the container's user namespace, up to the
     /// installation of the filter: see [`LaunchPlan::own_filters`].
     pub keep_for_filter: bool,
+    /// Capabilities of the container's bounding set that this process lacks.
+    pub drop_bounding: u64,
+    /// Set no_new_privs, where the container as a whole does without.
+    pub no_new_privs: bool,
 }

@@ -170,6 +170,17 @@ fn set_caps_of(plan: &ProcessPlan, more: u64) -> Result<(), StepError> {
 /// The identity of one process: ids, then exactly its capability sets.
 pub fn identity(plan: &ProcessPlan) -> Result<(), StepError> {
     let object = || format!("{}:{}", plan.uid, plan.gid);
+    if plan.no_new_privs {
+        ident::set_no_new_privs().at("set", "no_new_privs")?;
+    }
+    let dropped = ident::drop_bounding(plan.drop_bounding).at(
+        "limit to process.capabilities.bounding (for which the container needs CAP_SETPCAP)",
+        "",
+    );
+    if !plan.no_new_privs {
+        // With it no execve gives what the permitted set lacks.
+        dropped?;
+    }
     ident::keep_capabilities(true).at("keep", "capabilities")?;
     ident::set_groups(&plan.groups).at("set additional groups of user", object())?;
     ident::set_gid(plan.gid).at("set group of user", object())?;

@@ -158,6 +158,18 @@ pub fn limit_bounding(keep: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Drops the capabilities `caps` from the bounding set; those that aren't in it
+/// want CAP_SETPCAP all the same.
+pub fn drop_bounding(caps: u64) -> io::Result<()> {
+    for cap in (0..64u64).filter(|c| caps & (1 << c) != 0) {
+        // SAFETY: integers only.
+        check(libc::c_long::from(unsafe {
+            libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0)
+        }))?;
+    }
+    Ok(())
+}
+
 /// Makes the ambient set exactly `caps` (each must be permitted and inheritable).
 pub fn set_ambient(caps: u64) -> io::Result<()> {
     // SAFETY: integers only.

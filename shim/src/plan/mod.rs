@@ -309,6 +309,8 @@ pub fn process(spec: &ProcessSpec, filter: &(Vec<u8>, u32)) -> ProcessPlan {
         cpus: Vec::new(),
         path: String::new(),
         keep_for_filter: own_filter(spec) && !filter.0.is_empty(),
+        drop_bounding: 0,
+        no_new_privs: spec.no_new_privs,
     }
 }
 

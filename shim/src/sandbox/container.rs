@@ -252,7 +252,7 @@ async fn launch(
     }
     let process = process_plan(&spec.process, filter, &parents)?;
     let spawned = spawn(
-        (&forker, forker_pid),
+        (&forker, forker_pid, None),
         INIT_KEY,
         true,
         &process,
@@ -335,7 +335,7 @@ fn process_plan(
 }
 
 async fn spawn(
-    (forker, forker_pid): (&Forker, u32),
+    (forker, forker_pid, forker_pidfd): (&Forker, u32, Option<&OwnedFd>),
     key: u32,
     parked: bool,
     plan: &ProcessPlan,
@@ -375,7 +375,20 @@ async fn spawn(
     {
         Reply::Spawned(pidfd, pty) => {
             // A short-lived exec may be gone by now: its pid is then told as 0.
-            let pid = match verify::child(&pidfd, forker_pid)? {
+            let checked = verify::child(&pidfd, forker_pid).and_then(|pid| {
+                let pty = pty.filter(|_| plan.terminal.is_some());
+                match &pty {
+                    Some(master) => verify::terminal(master).map(|()| (pid, pty)),
+                    None => Ok((pid, None)),
+                }
+            });
+            let (pid, pty) = checked.inspect_err(|error| {
+                log::error!("{error}; it is ended");
+                if let Some(forker) = forker_pidfd {
+                    let _ = process::signal(forker, KILL);
+                }
+            })?;
+            let pid = match pid {
                 Some(pid) => pid,
                 None if !parked => 0,
                 None => return Err(ended()),
@@ -441,7 +454,7 @@ impl Container {
             let exit = self.hooks.expect(key);
             let plan = plan::start_hook(hook, &init);
             let stdio = hooks::stdio(&state)?;
-            let forker = (&self.forker, self.forker_pid);
+            let forker = (&self.forker, self.forker_pid, Some(&self.forker_pidfd));
             let spawned = spawn(forker, key, false, &plan, &stdio, self.container_root);
             self.hooks.ended(hook, key, spawned.await, exit).await?;
         }
@@ -467,8 +480,9 @@ impl Container {
         spec.terminal = terminal;
         let mut plan = process_plan(&spec, &self.filter, &[self.forker_pid])?;
         plan.cpus.clone_from(&spec.schedule.exec_cpus);
+        plan.drop_bounding = self.spec.process.caps.bounding & !spec.caps.bounding;
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
-        let forker = (&self.forker, self.forker_pid);
+        let forker = (&self.forker, self.forker_pid, Some(&self.forker_pidfd));
         // It inherits the container's score; another one is set before it runs.
         let score = spec
             .oom_score_adj

@@ -20,7 +20,11 @@ use crate::bootstrap::proc;
 /// it signalled. `None`: it has ended and was reaped.
 pub fn child(pidfd: &OwnedFd, parent: u32) -> Result<Option<u32>, SandboxError> {
     let Ok(pid) = casemate_sys::process::pid_of(pidfd) else {
-        return Ok(None);
+        // Signal 0 is none: it only looks, and only takes a pidfd.
+        return match casemate_sys::process::signal(pidfd, 0) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+            _ => Err(lie("sends something that is no process".into())),
+        };
     };
     let is = proc::parent(pid);
     // Only while it lives that was certainly its own entry; once it has ended
@@ -29,14 +33,26 @@ pub fn child(pidfd: &OwnedFd, parent: u32) -> Result<Option<u32>, SandboxError> 
     if ended || is == Some(parent) {
         Ok(Some(pid))
     } else {
-        Err(SandboxError::Unavailable(format!(
-            "the container's forker names a process ({pid}) that is not its child"
+        Err(lie(format!(
+            "names a process ({pid}) that is not its child"
         )))
     }
 }
 
 /// In the container's user namespace; what a filter takes without no_new_privs.
 const SYS_ADMIN: u64 = 1 << 21;
+/// That what came as a terminal's master is one.
+pub fn terminal(master: &OwnedFd) -> Result<(), SandboxError> {
+    if rustix::termios::isatty(master) {
+        Ok(())
+    } else {
+        Err(lie("sends something that is no terminal".into()))
+    }
+}
+
+fn lie(what: String) -> SandboxError {
+    SandboxError::Unavailable(format!("the container's forker {what}"))
+}
 
 /// Checks ids, capabilities, no_new_privs, filter and cgroup of host process
 /// `pid`. `root` is the host id of the container's root. What it is to execute

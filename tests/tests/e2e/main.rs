@@ -16,9 +16,11 @@ mod errors;
 mod events;
 mod exec;
 mod exec_io;
+mod exec_joins;
 mod faults;
 mod hooks;
 mod hostile;
+mod hostile_agent;
 mod hostile_node;
 mod hostile_shape;
 mod items;
@@ -26,11 +28,14 @@ mod lifecycle;
 mod limits;
 mod locks;
 mod locks_pod;
+mod logfile;
 mod loggers;
 mod oci;
 mod pause;
 mod pods;
 mod pods_life;
+mod rpc;
+mod rpc_abuse;
 mod sandbox;
 mod sandbox_api;
 mod sandbox_api_containers;
@@ -64,11 +69,15 @@ fn main() -> ExitCode {
         signals::trials(),
         exec::trials(),
         exec_io::trials(),
+        exec_joins::trials(),
         terminal::trials(),
         pause::trials(),
+        rpc::trials(),
+        rpc_abuse::trials(),
         update::trials(),
         stdio::trials(),
         loggers::trials(),
+        logfile::trials(),
         events::trials(),
         death::trials(),
         daemon::trials(),
@@ -87,6 +96,7 @@ fn main() -> ExitCode {
         pods_life::trials(),
         hostile::trials(),
         hostile_node::trials(),
+        hostile_agent::trials(),
         hostile_shape::trials(),
         bad_input::trials(),
         userns::trials(),

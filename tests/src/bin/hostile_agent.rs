@@ -1,0 +1,326 @@
+//! An agent that lies. The pod's host name says how: either it answers the shim
+//! itself, or it puts itself between the shim and a real agent (whose program is
+//! appended to this one's), and changes what a forker says.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+
+use casemate_protocol::plan::PodPlan;
+use casemate_protocol::{AGENT_SOCKET, Channel, FromAgent, FromForker, ToAgent, ToForker};
+use casemate_protocol::{VERSION, read_plan};
+use casemate_sys::process::{self, Fork};
+use casemate_sys::{exec, message, mount};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+
+/// A reply that no channel can be read after.
+type Answer<T> = io::Result<T>;
+
+fn main() {
+    if let Err(error) = run() {
+        // Nobody reads it but a debugger.
+        eprintln!("hostile agent: {error}");
+    }
+    process::exit_now(1)
+}
+
+fn other(error: impl std::fmt::Display) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
+fn run() -> Answer<()> {
+    let control = mount::adopt_inherited(AGENT_SOCKET)?;
+    let shim = Channel::new(control.try_clone()?);
+    let Some((ToAgent::Configure, fds)) = shim.receive::<ToAgent>(true).map_err(other)? else {
+        return Err(other("no Configure"));
+    };
+    let plan = fds.last().ok_or_else(|| other("no plan"))?.try_clone()?;
+    let plan: PodPlan = read_plan(plan).map_err(other)?;
+    let word = plan.hostname;
+    if word.starts_with("agent-") {
+        agent(&shim, &control, &word)?;
+        return wait_for_the_end(&shim);
+    }
+    if word.starts_with("launch-") {
+        shim.send(&FromAgent::Ready { version: VERSION }, &[])
+            .map_err(other)?;
+        while let Some((message, fds)) = shim.receive::<ToAgent>(true).map_err(other)? {
+            if let ToAgent::Launch = message {
+                launch(fds, &word)?;
+            }
+        }
+        return Ok(());
+    }
+    between(shim, control, fds, &word)
+}
+
+fn wait_for_the_end(shim: &Channel) -> Answer<()> {
+    while shim.receive::<ToAgent>(true).map_err(other)?.is_some() {}
+    Ok(())
+}
+
+fn null() -> Answer<OwnedFd> {
+    // No /dev in the staging namespace: any file that is no pidfd will do.
+    Ok(rustix::fs::open(
+        "/proc/self/stat",
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// What it says of itself.
+fn agent(shim: &Channel, raw: &OwnedFd, word: &str) -> Answer<()> {
+    let ready = FromAgent::Ready { version: VERSION };
+    let send = |message: &FromAgent| shim.send(message, &[]).map_err(other);
+    match word {
+        "agent-old" => send(&FromAgent::Ready { version: 0 }),
+        "agent-future" => send(&FromAgent::Ready { version: 9999 }),
+        "agent-garbage" => message::send(raw, &[0xff; 64], &[]),
+        "agent-oversize" => message::send(raw, &[0; 20_000], &[]),
+        "agent-nothing" => Ok(()),
+        "agent-long-text" => send(&FromAgent::Failed {
+            text: "\u{1b}[31mline\nanother\r\n".repeat(100),
+        }),
+        "agent-descriptors" => {
+            let file = null()?;
+            let many: Vec<_> = (0..32).map(|_| file.as_fd()).collect();
+            shim.send(&ready, &many).map_err(other)
+        }
+        _ => {
+            for _ in 0..100 {
+                send(&ready)?;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// What it says as a forker, or makes of one.
+fn launch(mut fds: Vec<OwnedFd>, word: &str) -> Answer<()> {
+    if fds.is_empty() {
+        return Err(other("no channel"));
+    }
+    let raw = fds.remove(0);
+    let channel = Channel::new(raw.try_clone()?);
+    let own = process::open_pidfd(process::own_pid())?;
+    let say = |message: &FromForker, fds: &[&OwnedFd]| {
+        let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+        channel.send(message, &fds).map_err(other)
+    };
+    match word {
+        "launch-garbage" => message::send(&raw, &[0xff; 64], &[]),
+        "launch-oversize" => message::send(&raw, &[0; 20_000], &[]),
+        "launch-close" => Ok(()),
+        "launch-no-descriptor" => say(&FromForker::Ready, &[]),
+        "launch-no-pidfd" => say(&FromForker::Ready, &[&null()?]),
+        "launch-itself" => say(&FromForker::Ready, &[&own]),
+        "launch-spawned" => say(&FromForker::Spawned { key: 0 }, &[&own]),
+        "launch-exited" => say(&FromForker::Exited { key: 0, status: 0 }, &[]),
+        "launch-long-text" => say(
+            &FromForker::LaunchFailed {
+                text: "\u{1b}[31mline\nanother\r\n".repeat(100),
+            },
+            &[],
+        ),
+        // From here on there is a child to show.
+        _ => match process::fork()? {
+            Fork::Child => loop {
+                std::thread::sleep(std::time::Duration::from_secs(1));
+            },
+            Fork::Parent(_, child) => {
+                say(&FromForker::Ready, &[&child])?;
+                if channel.receive::<ToForker>(true).map_err(other)?.is_none() {
+                    return Ok(());
+                }
+                match word {
+                    "launch-init-is-the-forker" => say(&FromForker::Spawned { key: 0 }, &[&child]),
+                    "launch-init-is-the-agent" => say(&FromForker::Spawned { key: 0 }, &[&own]),
+                    "launch-init-of-another-key" => say(&FromForker::Spawned { key: 7 }, &[&child]),
+                    "launch-ready-twice" => say(&FromForker::Ready, &[&child]),
+                    _ => say(&FromForker::Started { key: 0 }, &[]),
+                }
+            }
+        },
+    }
+}
+
+/// Becomes the real agent, with a relay between it and the shim.
+fn between(shim: Channel, mut control: OwnedFd, plan: Vec<OwnedFd>, word: &str) -> Answer<()> {
+    let real = real_agent()?;
+    let (ours, theirs) = message::pair()?;
+    let agent = Channel::new(ours);
+    let plan: Vec<_> = plan.iter().map(AsFd::as_fd).collect();
+    agent.send(&ToAgent::Configure, &plan).map_err(other)?;
+    match process::fork()? {
+        Fork::Child => {
+            drop((theirs, control));
+            let _ = relay(shim, agent, word);
+            process::exit_now(0)
+        }
+        Fork::Parent(..) => {
+            drop((shim, agent));
+            rustix::io::dup2(&theirs, &mut control)?;
+            let name = CString::new("casemate-agent")?;
+            Err(exec::exec_fd(&real, &[name], &[]))
+        }
+    }
+}
+
+/// The program that was appended: its bytes, their number, and eight more.
+fn real_agent() -> Answer<OwnedFd> {
+    let mut all = Vec::new();
+    File::open("/proc/self/exe")?.read_to_end(&mut all)?;
+    let tail = all.len().checked_sub(16).ok_or_else(|| other("no tail"))?;
+    let size: [u8; 8] = all[tail..tail + 8].try_into().map_err(other)?;
+    let from = usize::try_from(u64::from_le_bytes(size))
+        .ok()
+        .and_then(|size| tail.checked_sub(size))
+        .ok_or_else(|| other("no agent inside"))?;
+    let mut file = File::from(rustix::fs::memfd_create("agent", MemfdFlags::CLOEXEC)?);
+    file.write_all(&all[from..tail])?;
+    Ok(file.into())
+}
+
+/// A forker's channel, cut in two.
+struct Cut {
+    shim: Channel,
+    raw: OwnedFd,
+    forker: Channel,
+}
+
+fn relay(shim: Channel, agent: Channel, word: &str) -> Answer<()> {
+    let mut cuts: BTreeMap<u32, Cut> = BTreeMap::new();
+    let mut next = 0;
+    loop {
+        let mut fds = vec![
+            PollFd::new(&shim, PollFlags::IN),
+            PollFd::new(&agent, PollFlags::IN),
+        ];
+        let order: Vec<u32> = cuts.keys().copied().collect();
+        for cut in cuts.values() {
+            fds.push(PollFd::new(&cut.shim, PollFlags::IN));
+            fds.push(PollFd::new(&cut.forker, PollFlags::IN));
+        }
+        poll(&mut fds, None)?;
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        drop(fds);
+        if ready[0] {
+            let Some((message, mut fds)) = shim.receive::<ToAgent>(true).map_err(other)? else {
+                return Ok(());
+            };
+            if let (ToAgent::Launch, Some(theirs)) = (&message, fds.first_mut()) {
+                let (ours, forkers) = message::pair()?;
+                let theirs = std::mem::replace(theirs, forkers);
+                let cut = Cut {
+                    raw: theirs.try_clone()?,
+                    shim: Channel::new(theirs),
+                    forker: Channel::new(ours),
+                };
+                cuts.insert(next, cut);
+                next += 1;
+            }
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            agent.send(&message, &fds).map_err(other)?;
+        }
+        if ready[1] {
+            let Some((message, fds)) = agent.receive::<FromAgent>(true).map_err(other)? else {
+                return Ok(());
+            };
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            shim.send(&message, &fds).map_err(other)?;
+        }
+        for (n, id) in order.into_iter().enumerate() {
+            let Some(cut) = cuts.get(&id) else { continue };
+            let mut goes_on = true;
+            if ready[2 + 2 * n] {
+                goes_on = down(cut).unwrap_or(false);
+            }
+            if goes_on && ready[3 + 2 * n] {
+                goes_on = up(cut, word).unwrap_or(false);
+            }
+            if !goes_on {
+                cuts.remove(&id);
+            }
+        }
+    }
+}
+
+/// Shim to forker, as it is.
+fn down(cut: &Cut) -> Answer<bool> {
+    let Some((message, fds)) = cut.shim.receive::<ToForker>(true).map_err(other)? else {
+        return Ok(false);
+    };
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    cut.forker.send(&message, &fds).map_err(other)?;
+    Ok(true)
+}
+
+/// Forker to shim. Init's life is told as it is, an exec's is not.
+fn up(cut: &Cut, word: &str) -> Answer<bool> {
+    let Some((message, mut fds)) = cut.forker.receive::<FromForker>(true).map_err(other)? else {
+        return Ok(false);
+    };
+    let send = |message: &FromForker, fds: &[OwnedFd]| {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        cut.shim.send(message, &fds).map_err(other)
+    };
+    match message {
+        FromForker::Spawned { key } if key > 0 => match word {
+            "exec-is-the-agent" => fds = vec![process::open_pidfd(1)?],
+            "exec-is-the-relay" => fds = vec![process::open_pidfd(process::own_pid())?],
+            "exec-without-descriptor" => fds.clear(),
+            "exec-without-pidfd" => fds = vec![null()?],
+            "exec-with-many-descriptors" => {
+                while fds.len() < 32 {
+                    fds.push(null()?);
+                }
+            }
+            "exec-of-another-key" => {
+                send(&FromForker::Spawned { key: key + 1 }, &fds)?;
+                return Ok(true);
+            }
+            "exec-twice" => send(&message, &fds)?,
+            "exec-garbage" => message::send(&cut.raw, &[0xff; 64], &[])?,
+            "exec-oversize" => message::send(&cut.raw, &[0; 20_000], &[])?,
+            "exec-ended-before" => send(&FromForker::Exited { key, status: 3 }, &[])?,
+            "exec-ready-again" => send(&FromForker::Ready, &fds)?,
+            "exec-long-text" => {
+                let text = "\u{1b}[31mline\nanother\r\n".repeat(100);
+                let invalid = true;
+                send(&FromForker::SpawnFailed { key, text, invalid }, &[])?;
+                return Ok(true);
+            }
+            _ => {}
+        },
+        FromForker::Exited { key, .. } if key > 0 => match word {
+            "exit-twice" => send(&message, &[])?,
+            "exit-of-nobody" => send(
+                &FromForker::Exited {
+                    key: 4242,
+                    status: 0,
+                },
+                &[],
+            )?,
+            "exit-huge" => {
+                let status = u32::MAX;
+                send(&FromForker::Exited { key, status }, &[])?;
+                return Ok(true);
+            }
+            "exit-started" => send(&FromForker::Started { key: 0 }, &[])?,
+            "exit-launch-failed" => send(
+                &FromForker::LaunchFailed {
+                    text: "too late".to_owned(),
+                },
+                &[],
+            )?,
+            "exit-hang-up" => return Ok(false),
+            _ => {}
+        },
+        _ => {}
+    }
+    send(&message, &fds)?;
+    Ok(true)
+}
