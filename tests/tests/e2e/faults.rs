@@ -119,7 +119,7 @@ fn one(
 
 /// Runs `body` with rising numbers, several at a time, until one says that
 /// there are no more.
-fn sweep(
+pub fn sweep(
     workers: usize,
     body: impl Fn(usize) -> Result<bool, Stop> + Send + Sync + 'static,
 ) -> Result<usize, Stop> {

@@ -18,6 +18,8 @@ mod exec;
 mod exec_io;
 mod exec_joins;
 mod faults;
+mod faults_crowd;
+mod faults_wedge;
 mod hooks;
 mod hostile;
 mod hostile_agent;
@@ -106,6 +108,8 @@ fn main() -> ExitCode {
         faults::trials(),
         volumes::trials(),
         volumes_later::trials(),
+        faults_wedge::trials(),
+        faults_crowd::trials(),
     ]
     .into_iter()
     .flatten()
