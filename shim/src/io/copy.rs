@@ -23,7 +23,7 @@ const LINGER: (Duration, Duration) = (Duration::from_millis(1), Duration::from_m
 /// Copies a pipe to wherever its output goes, until its last writer closes it.
 pub async fn pipe_to(source: AsyncFd<OwnedFd>, sink: &mut Output) -> io::Result<()> {
     match sink {
-        Output::Fifo(fifo) => splice_all(&source, fifo).await,
+        Output::Fifo(fifo) => splice_all(&source, &fifo.write).await,
         other => read_all(&source, other, CHUNK).await,
     }
 }
@@ -33,13 +33,17 @@ pub async fn terminal_to(master: &AsyncFd<OwnedFd>, sink: &mut Output) -> io::Re
     read_all(master, sink, TTY_CHUNK).await
 }
 
-/// Keeps a fifo's write end for as long as it holds bytes: without a writer, a
-/// reader that opens now would wait for one (fifo(7)) and never see them. Closing
-/// earlier loses output; closing later withholds the end of file.
+/// Keeps a fifo's write end until a reader has come and has read all: without a
+/// writer, a reader that opens now would wait for one (fifo(7)), for ever, and never
+/// see what was written. containerd opens its end at leisure, so a short process may
+/// be over by then, often with an empty error output. Closing earlier loses output,
+/// or the end of file; closing later withholds the latter.
 pub async fn linger(sink: Output) {
-    let Output::Fifo(fifo) = sink else { return };
+    let Output::Fifo(mut fifo) = sink else { return };
     let (mut pause, longest) = LINGER;
-    while rustix::io::ioctl_fionread(&fifo).is_ok_and(|unread| unread > 0) {
+    while rustix::io::ioctl_fionread(&fifo.write).is_ok_and(|unread| unread > 0)
+        || !fifo.has_had_reader()
+    {
         tokio::time::sleep(pause).await;
         pause = longest.min(pause * 2);
     }
@@ -90,7 +94,7 @@ async fn read_all(source: &AsyncFd<OwnedFd>, sink: &mut Output, chunk: usize) ->
         }
         let bytes = &buffer[..count];
         match sink {
-            Output::Fifo(fifo) => write_all(fifo, bytes).await?,
+            Output::Fifo(fifo) => write_all(&fifo.write, bytes).await?,
             Output::File(file) => write_or_lose(file, bytes, &mut lost),
             Output::Null => {}
         }
@@ -157,9 +161,11 @@ fn is_ready(fd: &AsyncFd<OwnedFd>, what: PollFlags) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::target::{Fifo, Target};
     use super::*;
     use crate::io::watch;
     use rustix::pipe::PipeFlags;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use tokio::io::Interest;
 
     fn runtime() -> tokio::runtime::Runtime {
@@ -167,6 +173,14 @@ mod tests {
             .enable_all()
             .build()
             .unwrap()
+    }
+
+    fn fifo() -> std::path::PathBuf {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("casemate-fifo-{}-{n}", std::process::id()));
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+        path
     }
 
     fn pipe() -> (OwnedFd, OwnedFd) {
@@ -214,7 +228,8 @@ mod tests {
         runtime().block_on(async {
             let (read, write) = pipe();
             rustix::io::write(&write, b"late").unwrap();
-            let sink = Output::Fifo(watch(write, Interest::WRITABLE).unwrap());
+            let write = watch(write, Interest::WRITABLE).unwrap();
+            let sink = Output::Fifo(Fifo::to_known_reader(write));
             let kept = tokio::spawn(linger(sink));
             tokio::time::sleep(Duration::from_millis(20)).await;
             assert!(!kept.is_finished());
@@ -222,6 +237,42 @@ mod tests {
             assert_eq!(rustix::io::read(&read, &mut buffer), Ok(4));
             kept.await.unwrap();
             assert_eq!(rustix::io::read(&read, &mut buffer), Ok(0));
+        });
+    }
+
+    #[test]
+    fn an_empty_fifo_ends_when_its_reader_has_come_not_before() {
+        let path = fifo();
+        runtime().block_on(async {
+            let sink = Target::Fifo(path.clone()).open_output().unwrap().unwrap();
+            let kept = tokio::spawn(linger(sink));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            assert!(!kept.is_finished());
+            // As containerd does: this waits where there is no writer.
+            let there = path.clone();
+            let late = std::thread::spawn(move || std::fs::read(there).unwrap());
+            kept.await.unwrap();
+            assert_eq!(late.join().unwrap(), b"");
+            std::fs::remove_file(path).unwrap();
+        });
+    }
+
+    #[test]
+    fn an_empty_fifo_whose_reader_was_there_first_ends_at_once() {
+        let path = fifo();
+        runtime().block_on(async {
+            let there = path.clone();
+            let reader = std::thread::spawn(move || std::fs::read(there).unwrap());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let sink = Target::Fifo(path.clone()).open_output().unwrap().unwrap();
+            std::fs::remove_file(path).unwrap();
+            let Output::Fifo(fifo) = &sink else { panic!() };
+            // It has seen no end yet.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            write_all(&fifo.write, b"here").await.unwrap();
+            let ends = tokio::time::timeout(Duration::from_secs(5), linger(sink));
+            assert!(ends.await.is_ok());
+            assert_eq!(reader.join().unwrap(), b"here");
         });
     }
 

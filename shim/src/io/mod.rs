@@ -22,7 +22,7 @@ use crate::error::{ShimError, one_line};
 use crate::sandbox::ChildStdio;
 use logger::Logger;
 pub use logger::Source;
-use target::{Output, Stdin, Target};
+use target::{Fifo, Output, Stdin, Target};
 
 /// The stream fields of Create and Exec requests, as they came.
 #[derive(Debug, Clone, Default)]
@@ -57,13 +57,10 @@ pub struct Streams {
     master: Mutex<Option<Arc<AsyncFd<OwnedFd>>>>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
     input: Mutex<Option<JoinHandle<()>>>,
-    /// Fifos whose copy has ended but that hold bytes nobody has read yet.
+    /// Fifos whose copy has ended but that nobody has read to the end yet.
     held: Arc<Mutex<JoinSet<()>>>,
     /// The logging binary, until [`Streams::drain`].
     logger: Mutex<Option<Logger>>,
-    /// Read ends of the output fifos, kept until the process is deleted: what
-    /// was written while nobody read stays for the reader that comes back.
-    _keep: Vec<OwnedFd>,
 }
 
 /// Ends whose copies haven't begun.
@@ -100,7 +97,6 @@ impl Streams {
         owner: Option<Owner>,
         stdin_closed: bool,
     ) -> Result<(ChildStdio, Streams), ShimError> {
-        let mut keep = Vec::new();
         let mut hold = None;
         let stdin = Target::parse(&paths.stdin)?.open_input()?;
         let stdin = stdin.map(|(stdin, writer)| {
@@ -112,7 +108,7 @@ impl Streams {
         // A file or logger is for both, whatever stderr says.
         let (stdout, stderr) = match &target {
             Target::File(_) => {
-                let file = target.open_output(&mut keep)?;
+                let file = target.open_output()?;
                 let second = file.as_ref().map(Output::share).transpose()?;
                 (Sink::copied(file), Sink::copied(second))
             }
@@ -124,8 +120,8 @@ impl Streams {
             Target::Null | Target::Fifo(_) => {
                 let stderr = Target::parse(&paths.stderr)?;
                 (
-                    Sink::copied(target.open_output(&mut keep)?),
-                    Sink::copied(stderr.open_output(&mut keep)?),
+                    Sink::copied(target.open_output()?),
+                    Sink::copied(stderr.open_output()?),
                 )
             }
         };
@@ -140,7 +136,10 @@ impl Streams {
                 Sink::None => Output::Null,
                 Sink::Copied(output) => output,
                 // What a terminal shows is copied to a logger too.
-                Sink::Direct(pipe) => Output::Fifo(nonblocking(pipe, Interest::WRITABLE)?),
+                Sink::Direct(pipe) => {
+                    let pipe = nonblocking(pipe, Interest::WRITABLE)?;
+                    Output::Fifo(Fifo::to_known_reader(pipe))
+                }
             };
             pending.stdout = Some((None, output));
             ChildStdio::Terminal
@@ -181,7 +180,6 @@ impl Streams {
             input: Mutex::new(None),
             held: Arc::default(),
             logger: Mutex::new(logger),
-            _keep: keep,
         };
         Ok((child, streams))
     }

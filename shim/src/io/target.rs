@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{FileType, Mode, OFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -32,13 +33,54 @@ pub type Stdin = AsyncFd<OwnedFd>;
 /// Where output goes.
 #[derive(Debug)]
 pub enum Output {
-    /// Write end of a fifo, non-blocking.
-    Fifo(AsyncFd<OwnedFd>),
+    /// Into a fifo.
+    Fifo(Fifo),
     /// A regular file, appending.
     File(File),
     /// Read and forgotten (a terminal's output that nobody asked for).
     Null,
 }
+
+/// Our ends of an output fifo.
+#[derive(Debug)]
+pub struct Fifo {
+    /// Where we write, non-blocking.
+    pub write: AsyncFd<OwnedFd>,
+    /// A read end of our own: with it no reader that goes away is an error for the
+    /// writer, and what was written while nobody read stays.
+    keep: Option<OwnedFd>,
+    /// A reader is known to have been there.
+    had_reader: bool,
+}
+
+impl Fifo {
+    /// The write end of a pipe whose reader we know.
+    pub fn to_known_reader(write: AsyncFd<OwnedFd>) -> Fifo {
+        Fifo {
+            write,
+            keep: None,
+            had_reader: true,
+        }
+    }
+
+    /// Whether somebody else has, or had, the fifo open for reading. To be asked
+    /// when nothing more will be written: our own read end goes.
+    pub fn has_had_reader(&mut self) -> bool {
+        self.keep = None;
+        if !self.had_reader {
+            let mut fds = [PollFd::new(&self.write, PollFlags::empty())];
+            // A writer without a reader is in error (poll(2)).
+            self.had_reader = rustix::event::poll(&mut fds, Some(&NOW)).is_ok()
+                && !fds[0].revents().contains(PollFlags::ERR);
+        }
+        self.had_reader
+    }
+}
+
+const NOW: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+};
 
 impl Output {
     /// The same file once more, for the second stream.
@@ -91,17 +133,26 @@ impl Target {
         }
     }
 
-    /// The write end for copying. Of a fifo a read end goes to `keep`: with
-    /// it no reader that goes away is an error for the writer.
-    pub fn open_output(&self, keep: &mut Vec<OwnedFd>) -> Result<Option<Output>, ShimError> {
+    /// What copying needs.
+    pub fn open_output(&self) -> Result<Option<Output>, ShimError> {
         match self {
             Target::Null => Ok(None),
             Target::Fifo(path) => {
+                // Refused only while there is no reader (fifo(7)), be it one that
+                // waits in its own open for us. What it has seen of us must not
+                // close again: that were the end.
+                let early = open_fifo(path, OFlags::WRONLY).ok();
+                let had_reader = early.is_some();
                 let read = open_fifo(path, OFlags::RDONLY)?;
-                let write = open_fifo(path, OFlags::WRONLY)?;
-                let output = watched(path, write, Interest::WRITABLE)?;
-                keep.push(read);
-                Ok(Some(Output::Fifo(output)))
+                let write = match early {
+                    Some(write) => write,
+                    None => open_fifo(path, OFlags::WRONLY)?,
+                };
+                Ok(Some(Output::Fifo(Fifo {
+                    write: watched(path, write, Interest::WRITABLE)?,
+                    keep: Some(read),
+                    had_reader,
+                })))
             }
             Target::File(path) => open_log(path).map(|file| Some(Output::File(file))),
             Target::Logger(_) => Err(ShimError::InvalidArgument(
@@ -185,7 +236,7 @@ mod tests {
             let logger = Target::parse(&format!("{scheme}:///bin/logger?a=b")).unwrap();
             assert!(matches!(logger, Target::Logger(_)), "{logger:?}");
             assert!(logger.open_input().is_err());
-            assert!(logger.open_output(&mut Vec::new()).is_err());
+            assert!(logger.open_output().is_err());
         }
     }
 

@@ -12,6 +12,7 @@ use crate::common::{LONG, expect_text, output};
 
 crate::trials![
     c087_create_without_a_reader,
+    c087_reader_comes_after_a_silent_end,
     c088_reader_goes_and_returns,
     c089_no_stdio,
     c093_unknown_scheme,
@@ -40,6 +41,31 @@ fn c087_create_without_a_reader() -> Outcome {
     late.until("hello", SHORT)?;
     task.rpc()?.delete(&task.id)?;
     ensure_eq!(late.text(SHORT)?, "hello\n", "output for the late reader");
+    Ok(task.finish()?)
+}
+
+/// containerd opens its ends by opens that wait for a writer, when it gets round
+/// to it: a short process that says nothing must not be over for them by then.
+fn c087_reader_comes_after_a_silent_end() -> Outcome {
+    let mut task = Task::new("c087s", &["/bin/true"])?;
+    unread(&mut task)?;
+    task.boot()?;
+    task.create()?;
+    ensure_eq!(task.start_and_wait()?.exit_status, 0, "exit status");
+    std::thread::sleep(Duration::from_millis(300));
+    let path = task.side.join("quiet-out");
+    let (say, hear) = std::sync::mpsc::channel();
+    std::thread::spawn(move || say.send(std::fs::read(path)));
+    let read = hear.recv_timeout(SHORT);
+    task.rpc()?.delete(&task.id)?;
+    let read = match read {
+        Ok(read) => read?,
+        Err(_) => {
+            let why = "no end of file for the late reader".to_owned();
+            return Err(casemate_tests::error::Failure::Unexpected(why).into());
+        }
+    };
+    ensure_eq!(read, Vec::<u8>::new(), "output");
     Ok(task.finish()?)
 }
 
