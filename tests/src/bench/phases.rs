@@ -20,6 +20,8 @@ use super::{clock, memory};
 pub const CREATE_START: &str = "shim: Create + Start";
 /// The same with the shim's own start, where ours makes the pod's sandbox.
 pub const WHOLE: &str = "shim: start to running";
+/// An exec in a pod that has been running for a while, runtimes taking turns.
+pub const EXEC: &str = "shim: exec true in an old pod";
 /// A pod alone on the host.
 pub const ALONE: &str = "PSS of 1 idle container";
 /// A pod among others.
@@ -182,6 +184,31 @@ pub fn round(peer: &Peer, samples: &mut Samples) -> Result<BTreeMap<String, u64>
     add("shim: Shutdown to its end", shutdown);
     samples.add(ALONE, Unit::Mib, peer.name, total(&pss));
     Ok(pss)
+}
+
+/// `n` execs in one pod of each runtime, one after the other's. Only the shim and
+/// what is below it differ from turn to turn: the pods are there already.
+pub fn execs(peers: &[Peer], n: usize, samples: &mut Samples) -> Result<()> {
+    let mut pods = Vec::with_capacity(peers.len());
+    for peer in peers {
+        let pod = Pod::start(peer)?;
+        pod.run()?;
+        pods.push((peer.name, pod));
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    for turn in 0..n {
+        for at in 0..pods.len() {
+            let Some((name, pod)) = pods.get((turn + at) % pods.len()) else {
+                continue;
+            };
+            clock::gap();
+            samples.add(EXEC, Unit::Ms, name, pod.exec()?);
+        }
+    }
+    for (_, pod) in &pods {
+        pod.end()?;
+    }
+    Ok(())
 }
 
 /// `n` pods at once: PSS of each.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::peer::{NAMES, OURS};
-use super::phases::{ALONE, AMONG, CREATE_START, WHOLE};
+use super::phases::{ALONE, AMONG, CREATE_START, EXEC, WHOLE};
 use super::samples::{Row, Samples, quantile};
 
 /// What a runtime's column says when it has no figures.
@@ -26,7 +26,7 @@ struct Bar {
 }
 
 /// What casemate promises.
-const BARS: [Bar; 9] = [
+const BARS: [Bar; 10] = [
     Bar {
         row: CREATE_START,
         against: Against::Peer("crun"),
@@ -36,6 +36,11 @@ const BARS: [Bar; 9] = [
         row: WHOLE,
         against: Against::Peer("crun"),
         limit: 0.25,
+    },
+    Bar {
+        row: EXEC,
+        against: Against::Peer("crun"),
+        limit: 0.2,
     },
     Bar {
         row: ALONE,

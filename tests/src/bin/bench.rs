@@ -24,6 +24,9 @@ struct Options {
     /// Rounds; every runtime has its turn in each.
     #[arg(long, default_value_t = 25)]
     rounds: usize,
+    /// Execs in one old pod of each runtime.
+    #[arg(long, default_value_t = 50)]
+    execs: usize,
     /// Idle containers at once for the memory of each.
     #[arg(long, default_value_t = 20)]
     containers: usize,
@@ -94,6 +97,11 @@ fn measure(options: &Options) -> Result<bool> {
         }
     }
     eprintln!();
+    eprintln!("{} execs of each", options.execs);
+    if let Err(error) = phases::execs(&peers, options.execs, &mut run.samples) {
+        run.failures
+            .insert("execs".to_owned(), (1, error.to_string()));
+    }
     for peer in &peers {
         eprintln!("{} x {}", options.containers, peer.name);
         let crowd = phases::crowd(peer, options.containers, &mut run.samples);

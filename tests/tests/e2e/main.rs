@@ -41,6 +41,7 @@ mod rpc_abuse;
 mod sandbox;
 mod sandbox_api;
 mod sandbox_api_containers;
+mod siblings;
 mod signals;
 mod stdio;
 mod systemd;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         bootstrap_shim::trials(),
         lifecycle::trials(),
         signals::trials(),
+        siblings::trials(),
         exec::trials(),
         exec_io::trials(),
         exec_joins::trials(),
