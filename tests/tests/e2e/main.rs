@@ -178,6 +178,9 @@ fn main() -> ExitCode {
     for (name, reason) in skip::skipped() {
         println!("{name}: skipped: {reason}");
     }
+    for (name, reason) in skip::unsteady() {
+        println!("{name}: unsteady: tried again after: {reason}");
+    }
     if !listed && World::get().is_ok_and(World::is_casemate) {
         // Elsewhere than in the source tree there is no place for them.
         let whole = args.filter.is_none() && args.skip.is_empty();
