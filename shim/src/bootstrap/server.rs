@@ -24,6 +24,7 @@ use super::spec::CONFIG;
 use super::start::READY;
 use crate::error::one_line;
 use crate::events::{Events, socket_path};
+use crate::host::descriptors;
 use crate::pod::Pod;
 use crate::sandbox::{self, Origin};
 use crate::service;
@@ -90,6 +91,9 @@ fn prepare(flags: &Flags) -> Result<Prepared, String> {
     let bundle =
         std::env::current_dir().map_err(|error| format!("read the working directory: {error}"))?;
     crate::log::init(&bundle, flags.debug);
+    if let Err(error) = descriptors::raise_limit() {
+        log::warn!("raise the limit of open files: {error}: left as it is");
+    }
     let events = socket_path(&flags.events)?;
     let journal = Journal::open(&bundle)
         .map_err(|error| format!("open the journal in {}: {error}", bundle.display()))?;
@@ -124,8 +128,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, String> {
 /// A session of our own, and none of the descriptors of `start`.
 fn leave_start_behind() -> Result<(), String> {
     rustix::process::setsid().map_err(|error| format!("make a session: {error}"))?;
-    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|error| format!("open /dev/null: {error}"))?;
+    let null = null().map_err(|error| format!("open /dev/null: {error}"))?;
     rustix::stdio::dup2_stdin(&null)
         .and_then(|()| rustix::stdio::dup2_stdout(&null))
         .and_then(|()| rustix::stdio::dup2_stderr(&null))
@@ -200,22 +203,35 @@ fn connections(
     listener: UnixListener,
     wanted: Arc<AtomicBool>,
 ) -> impl Stream<Item = io::Result<UnixStream>> + Send {
-    futures::stream::unfold((listener, wanted), |(listener, wanted)| async move {
+    // Given up for a moment where none is left: who connects is then hung up on,
+    // and doesn't wait for an answer that nobody will give.
+    let spare = null().ok();
+    let state = (listener, wanted, spare);
+    futures::stream::unfold(state, |(listener, wanted, mut spare)| async move {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) if is_same_user(&stream) => {
                     wanted.store(true, Ordering::Relaxed);
-                    return Some((Ok(stream), (listener, wanted)));
+                    return Some((Ok(stream), (listener, wanted, spare)));
                 }
                 Ok(_) => log::warn!("connection of another user refused"),
+                Err(error) if spare.take().is_some() => {
+                    log::error!("accept: {error}: hung up");
+                    drop(listener.accept().await);
+                    spare = null().ok();
+                }
                 Err(error) => {
-                    // Out of descriptors, most likely: later there may be some.
                     log::error!("accept: {error}");
                     tokio::time::sleep(Duration::from_millis(100)).await;
+                    spare = null().ok();
                 }
             }
         }
     })
+}
+
+fn null() -> rustix::io::Result<std::os::fd::OwnedFd> {
+    rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
 }
 
 fn is_same_user(stream: &UnixStream) -> bool {

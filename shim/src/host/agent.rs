@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use super::Step;
+use super::descriptors;
 use super::ids::{IdRange, map_agent};
 use super::network::Network;
 use super::staging::Staging;
@@ -213,6 +214,7 @@ fn become_agent(
         rustix::process::setsid()?;
         process::reset_signals();
         schedule::reset_personality()?;
+        descriptors::restore_limit()?;
         let copy = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 16);
         let mut files = vec![copy(null)?, copy(null)?, copy(null)?, copy(control)?];
         for lock in locks {

@@ -282,6 +282,7 @@ fn become_program(order: &Order, input: OwnedFd, errors: &OwnedFd) -> String {
     let prepared = (|| -> std::io::Result<(CString, Vec<CString>, Vec<CString>)> {
         process::reset_signals();
         schedule::reset_personality()?;
+        super::descriptors::restore_limit()?;
         rustix::process::setsid()?;
         process::set_parent_death_signal(KILL)?;
         rustix::process::chdir(order.cwd.as_str())?;

@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod cgroup_view;
+pub mod descriptors;
 pub mod dev;
 pub mod hooks;
 pub mod ids;

@@ -233,6 +233,9 @@ fn become_logger(path: &CString, args: &[CString], env: &[CString], files: Vec<O
     if let Err(error) = rustix::process::setsid() {
         return format!("make a session: {error}");
     }
+    if let Err(error) = crate::host::descriptors::restore_limit() {
+        return format!("restore its limit of open files: {error}");
+    }
     if let Err(error) = exec::install_descriptors(files) {
         return format!("set up its descriptors: {error}");
     }

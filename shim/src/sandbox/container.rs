@@ -326,7 +326,8 @@ fn process_plan(
         }
         for pid in parents {
             process::set_limit(*pid, limit.resource, limit.soft, limit.hard).step(
-                "set process.rlimits above the node's own: resource",
+                "set process.rlimits above those of containerd, which takes CAP_SYS_RESOURCE: \
+                 resource",
                 format!("{} to {}", limit.resource, limit.hard),
             )?;
         }

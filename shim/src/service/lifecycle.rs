@@ -19,6 +19,7 @@ use crate::bootstrap::spec::Spec;
 use crate::bootstrap::start::is_runc_options;
 use crate::error::ShimError;
 use crate::events::timestamp;
+use crate::host::descriptors::{Need, Room};
 use crate::io::{Owner, Paths, Source, Streams};
 use crate::pod::process::{Exited, Process};
 use crate::pod::state::Phase;
@@ -51,6 +52,9 @@ pub async fn create(
     })?;
     // Before the work: a pod that can't be is refused at once.
     let sandbox = pod.sandbox()?;
+    let _room = Room::keep(Need::Container).map_err(|error| {
+        ShimError::Unknown(format!("create container {:?}: {error}", request.id))
+    })?;
     write_down(&pod, &request.id, &bundle)?;
     let paths = paths(&request);
 
@@ -260,6 +264,8 @@ pub async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse
 
 async fn start_exec(pod: &Pod, task: &Arc<Task>, exec_id: &str) -> Result<u32, ShimError> {
     let process = task.process(exec_id)?;
+    let _room = Room::keep(Need::Exec)
+        .map_err(|error| ShimError::Unknown(format!("start exec {exec_id:?}: {error}")))?;
     task.claim_exec(&process)?;
     let stdin_closed = process.facts().stdin_closed;
     let source = Source {

@@ -262,8 +262,15 @@ fn hostile_no_id_range_left() -> Outcome {
 }
 
 /// Starts the shim through a script that spoils its surroundings.
-fn wrapped(name: &str, args: &[&str], prepare: &str, exec: &str) -> Result<Task, Stop> {
+/// A task whose shim is run by a script that does `prepare` before.
+pub fn wrapped(name: &str, args: &[&str], prepare: &str, exec: &str) -> Result<Task, Stop> {
     let mut task = Task::new(name, args)?;
+    wrap(&mut task, prepare, exec)?;
+    Ok(task)
+}
+
+/// Has the task's shim run by a script that does `prepare` before.
+pub fn wrap(task: &mut Task, prepare: &str, exec: &str) -> Outcome {
     let wrapper = task.side.join("shim");
     let program = task.shim.program.display().to_string();
     fs::write(
@@ -272,7 +279,7 @@ fn wrapped(name: &str, args: &[&str], prepare: &str, exec: &str) -> Result<Task,
     )?;
     set_mode(&wrapper, 0o755)?;
     task.shim.program = wrapper;
-    Ok(task)
+    Ok(())
 }
 
 const TRUE: &[&str] = &["/bin/true"];

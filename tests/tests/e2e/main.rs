@@ -12,6 +12,7 @@ mod common;
 mod cri;
 mod daemon;
 mod death;
+mod descriptors;
 mod errors;
 mod events;
 mod exec;
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
         logfile::trials(),
         events::trials(),
         death::trials(),
+        descriptors::trials(),
         daemon::trials(),
         oci::trials(),
         items::trials(),
