@@ -7,6 +7,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::{env, fs};
 
+use compile::Form;
+
 #[path = "src/action.rs"]
 mod action;
 #[path = "src/args.rs"]
@@ -15,8 +17,12 @@ mod args;
 mod compile;
 #[path = "src/errno.rs"]
 mod errno;
+#[path = "src/explain.rs"]
+mod explain;
 #[path = "src/graph.rs"]
 mod graph;
+#[path = "src/interp.rs"]
+mod interp;
 #[path = "src/profile.rs"]
 mod profile;
 #[path = "src/program.rs"]
@@ -37,6 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     paths.sort();
 
     let mut list = String::from("static SHIPPED: &[Shipped] = &[\n");
+    let mut texts = String::from("static TEXTS: &[(&str, &str)] = &[\n");
     for path in paths {
         let stem = path
             .file_stem()
@@ -48,14 +55,30 @@ fn main() -> Result<(), Box<dyn Error>> {
         if profile.name != stem {
             return Err(wrong(format!("name is \"{}\", must be \"{stem}\"", profile.name)).into());
         }
-        let compiled = compile::compile(&profile).map_err(|e| wrong(e.to_string()))?;
-        let bytes = Path::new(&out).join(format!("{stem}.bpf"));
-        fs::write(&bytes, compiled.to_bytes())?;
+        let mut programs = Vec::new();
+        for form in [Form::Enforce, Form::Notify, Form::Explain] {
+            let compiled = compile::compile_as(&profile, form).map_err(|e| wrong(e.to_string()))?;
+            let bytes = Path::new(&out).join(format!("{stem}.{form:?}.bpf"));
+            fs::write(&bytes, compiled.to_bytes())?;
+            programs.push(format!("include_bytes!({bytes:?})"));
+        }
         writeln!(
             list,
-            "    Shipped {{ name: {stem:?}, text: include_str!({path:?}), program: include_bytes!({bytes:?}) }},",
+            "Shipped {{ name: {stem:?}, enforce: {}, notify: {}, explain: {}, rules: &[",
+            programs[0], programs[1], programs[2],
         )?;
+        for rule in explain::rules(&profile) {
+            writeln!(
+                list,
+                "RuleInfo {{ id: Cow::Borrowed({:?}), action: Action::{:?}, quiet: {}, reason: Cow::Borrowed({:?}) }},",
+                rule.id, rule.action, rule.quiet, rule.reason,
+            )?;
+        }
+        list.push_str("] },\n");
+        writeln!(texts, "({stem:?}, include_str!({path:?})),")?;
     }
+    list.push_str("];\n");
+    list.push_str(&texts);
     list.push_str("];\n");
     fs::write(Path::new(&out).join("shipped.rs"), list)?;
     Ok(())

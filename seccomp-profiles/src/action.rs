@@ -36,10 +36,10 @@ pub enum Action {
     KillProcess,
 }
 
-/// `action` text that is none of `allow`, `log`, `notify`, `kill`, `errno(NAME)`.
+/// `action` text that is none of `allow`, `log`, `notify`, `trace`, `kill`, `errno(NAME)`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "read action: \"{text}\" is no action; write allow, log, notify, kill or errno(NAME), such as errno(EPERM)"
+    "read action: \"{text}\" is no action; write allow, log, notify, trace, kill or errno(NAME), such as errno(EPERM)"
 )]
 pub struct UnknownAction {
     /// The text as found.
@@ -88,6 +88,7 @@ impl std::str::FromStr for Action {
             "allow" => Some(Self::Allow),
             "log" => Some(Self::Log),
             "notify" => Some(Self::Notify),
+            "trace" => Some(Self::Trace(0)),
             "kill" => Some(Self::KillProcess),
             _ => text
                 .strip_prefix("errno(")
@@ -110,6 +111,7 @@ impl fmt::Display for Action {
             Self::KillProcess => f.write_str("kill"),
             Self::KillThread => f.write_str("kill thread"),
             Self::Trap => f.write_str("trap"),
+            Self::Trace(0) => f.write_str("trace"),
             Self::Trace(data) => write!(f, "trace({data})"),
             Self::Errno(number) => match errno::name(*number) {
                 Some(name) => write!(f, "errno({name})"),

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 
 use crate::action::{Action, RET_KILL_PROCESS};
 use crate::args;
+use crate::explain;
 use crate::graph::{Graph, NodeId, TooLarge};
 use crate::profile::{Condition, Profile, ProfileError};
 use crate::program::{self as bpf, Program};
@@ -39,38 +40,73 @@ pub enum CompileError {
     TooLarge(#[from] TooLarge),
 }
 
-/// When all of `conditions` hold, `action`.
+/// What the verdicts of a program are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// The profile as written: the filter that binds.
+    Enforce,
+    /// A call that would be answered with an error asks the filter's listener
+    /// (`SECCOMP_RET_USER_NOTIF`), but for rules that are quiet and for x32. Calls
+    /// that run and calls that kill are as in [`Form::Enforce`].
+    Notify,
+    /// Never installed, only interpreted: a call that runs gets
+    /// `SECCOMP_RET_ALLOW` or `_LOG`; any other gets `SECCOMP_RET_TRACE` with the
+    /// index of its rule, see [`crate::explain`].
+    Explain,
+}
+
+impl Form {
+    /// The `SECCOMP_RET_*` value of a leaf.
+    fn ret(self, action: Action, index: u16, quiet: bool) -> u32 {
+        match (self, action) {
+            (_, Action::Allow | Action::Log) | (Self::Enforce, _) => action.to_ret(),
+            (Self::Notify, Action::Errno(_)) if !quiet => Action::Notify.to_ret(),
+            (Self::Notify, _) => action.to_ret(),
+            (Self::Explain, _) => Action::Trace(index).to_ret(),
+        }
+    }
+}
+
+/// When all of `conditions` hold, `ret`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Clause {
     /// Empty: always.
     pub conditions: Vec<Condition>,
-    /// The verdict.
-    pub action: Action,
+    /// The verdict, a `SECCOMP_RET_*` value.
+    pub ret: u32,
 }
 
 /// Rules by number: what both front ends, profiles and OCI, come down to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rules {
-    /// What to do with numbers, by the lowest number of each range: a range
+    /// What to return for numbers, by the lowest number of each range: a range
     /// ends where the next begins. Holds an entry for 0.
-    pub ranges: BTreeMap<u32, Action>,
+    pub ranges: BTreeMap<u32, u32>,
     /// Clauses of single numbers, tried in order; a call that none of them
-    /// matches gets the action of its range.
+    /// matches gets the value of its range.
     pub calls: BTreeMap<u32, Vec<Clause>>,
+    /// What calls of other architectures get.
+    pub foreign: u32,
 }
 
 impl Rules {
     /// The rules of `profile`, by number.
     #[must_use]
-    pub fn from_profile(profile: &Profile) -> Self {
-        let mut ranges = BTreeMap::from([(0, profile.unknown), (X32, profile.x32)]);
+    pub fn from_profile(profile: &Profile, form: Form) -> Self {
+        let ends = explain::Ends::of(profile);
+        let default = form.ret(profile.default, ends.default, false);
+        let unknown = form.ret(profile.unknown, ends.unknown, false);
+        let x32 = form.ret(profile.x32, ends.x32, true);
+        let mut ranges = BTreeMap::from([(0, unknown), (X32, x32)]);
         for &(number, _) in table::SYSCALLS {
-            ranges.insert(number, profile.default);
-            ranges.entry(number + 1).or_insert(profile.unknown);
+            ranges.insert(number, default);
+            ranges.entry(number + 1).or_insert(unknown);
         }
         let mut calls: BTreeMap<u32, Vec<Clause>> = BTreeMap::new();
+        let mut index = 0u16;
         for group in &profile.groups {
             for rule in &group.rules {
+                let ret = form.ret(group.action, index, rule.quiet);
                 let alternatives = rule.alternatives();
                 for number in rule.syscalls.iter().filter_map(|name| table::number(name)) {
                     calls
@@ -78,19 +114,32 @@ impl Rules {
                         .or_default()
                         .extend(alternatives.iter().map(|conditions| Clause {
                             conditions: conditions.clone(),
-                            action: group.action,
+                            ret,
                         }));
                 }
+                index = index.saturating_add(1);
             }
         }
-        Self { ranges, calls }
+        for left_out in &profile.left_out {
+            let ret = form.ret(profile.default, index, left_out.quiet);
+            let names = left_out.syscalls.iter();
+            for number in names.filter_map(|name| table::number(name)) {
+                ranges.insert(number, ret);
+            }
+            index = index.saturating_add(1);
+        }
+        Self {
+            ranges,
+            calls,
+            foreign: form.ret(Action::KillProcess, ends.foreign, false),
+        }
     }
 
-    fn range_action(&self, number: u32) -> Action {
+    fn range_ret(&self, number: u32) -> u32 {
         self.ranges
             .range(..=number)
             .next_back()
-            .map_or(Action::KillProcess, |(_, action)| *action)
+            .map_or(RET_KILL_PROCESS, |(_, ret)| *ret)
     }
 
     /// Compiles the rules.
@@ -102,17 +151,17 @@ impl Rules {
         let mut graph = Graph::default();
         // Where a range with another verdict begins.
         let mut verdicts: BTreeMap<u32, NodeId> = BTreeMap::new();
-        for (&start, action) in &self.ranges {
-            verdicts.insert(start, graph.ret(action.to_ret()));
+        for (&start, &ret) in &self.ranges {
+            verdicts.insert(start, graph.ret(ret));
         }
         for (&number, clauses) in &self.calls {
-            let otherwise = self.range_action(number);
+            let otherwise = self.range_ret(number);
             let node = checks(&mut graph, number, clauses, otherwise)?;
             verdicts.insert(number, node);
             if let Some(next) = number.checked_add(1)
                 && !self.calls.contains_key(&next)
             {
-                let node = graph.ret(self.range_action(next).to_ret());
+                let node = graph.ret(self.range_ret(next));
                 verdicts.insert(next, node);
             }
         }
@@ -121,7 +170,7 @@ impl Rules {
 
         let tree = tree(&mut graph, &ranges);
         let load_number = graph.step(bpf::LD_W_ABS, 0, tree);
-        let foreign = graph.ret(RET_KILL_PROCESS);
+        let foreign = graph.ret(self.foreign);
         let arch = graph.branch(bpf::JEQ_K, bpf::AUDIT_ARCH_X86_64, load_number, foreign);
         let root = graph.step(bpf::LD_W_ABS, 4, arch);
         let root = graph.without_repeated_loads(root)?;
@@ -129,13 +178,21 @@ impl Rules {
     }
 }
 
-/// Compiles a profile.
+/// Compiles a profile into the filter that binds.
 ///
 /// # Errors
 /// [`CompileError`], naming the group or the call.
 pub fn compile(profile: &Profile) -> Result<Program, CompileError> {
+    compile_as(profile, Form::Enforce)
+}
+
+/// Compiles a profile.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_as(profile: &Profile, form: Form) -> Result<Program, CompileError> {
     profile.check()?;
-    Rules::from_profile(profile).compile()
+    Rules::from_profile(profile, form).compile()
 }
 
 /// The decision over the clauses of one number.
@@ -143,22 +200,22 @@ fn checks(
     graph: &mut Graph,
     number: u32,
     clauses: &[Clause],
-    otherwise: Action,
+    otherwise: u32,
 ) -> Result<NodeId, CompileError> {
     // What follows a clause that always matches is never reached.
     let (clauses, otherwise) = match clauses.iter().position(|c| c.conditions.is_empty()) {
         Some(at) => (
             clauses.get(..at).unwrap_or_default(),
-            clauses.get(at).map_or(otherwise, |clause| clause.action),
+            clauses.get(at).map_or(otherwise, |clause| clause.ret),
         ),
         None => (clauses, otherwise),
     };
-    let mut node = graph.ret(otherwise.to_ret());
-    // Built from the end: each run of clauses with one action falls through to
+    let mut node = graph.ret(otherwise);
+    // Built from the end: each run of clauses with one verdict falls through to
     // the runs after it.
-    for run in clauses.chunk_by(|a, b| a.action == b.action).rev() {
+    for run in clauses.chunk_by(|a, b| a.ret == b.ret).rev() {
         let Some(first) = run.first() else { continue };
-        let hit = graph.ret(first.action.to_ret());
+        let hit = graph.ret(first.ret);
         let lists: Vec<&[Condition]> = run.iter().map(|c| c.conditions.as_slice()).collect();
         node = args::check(graph, &lists, hit, node).map_err(|error| CompileError::Args {
             syscall: table::name(number).map_or_else(|| number.to_string(), str::to_owned),

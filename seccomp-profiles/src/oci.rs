@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use crate::action::Action;
+use crate::action::{Action, RET_KILL_PROCESS};
 use crate::compile::{Clause, CompileError, Rules, X32};
 use crate::profile::{Condition, ENOSYS, Op, Width};
 use crate::program::Program;
@@ -438,7 +438,7 @@ pub fn compile(seccomp: &OciSeccomp) -> Result<Compiled, OciError> {
             let list = calls.entry(number).or_default();
             list.extend(lists.iter().map(|conditions| Clause {
                 conditions: conditions.clone(),
-                action,
+                ret: action.to_ret(),
             }));
         }
     }
@@ -470,13 +470,19 @@ pub fn compile(seccomp: &OciSeccomp) -> Result<Compiled, OciError> {
     }
     let flags = flags(seccomp, listener, &mut warnings)?;
 
-    let mut ranges = BTreeMap::from([(0, default), (X32, ENOSYS)]);
+    let mut ranges = BTreeMap::from([(0, default.to_ret()), (X32, ENOSYS.to_ret())]);
     if let Some(highest) = highest
         && !lets_run(default)
     {
-        ranges.insert(highest + 1, ENOSYS);
+        ranges.insert(highest + 1, ENOSYS.to_ret());
     }
-    let program = Rules { ranges, calls }.compile()?;
+    let foreign = RET_KILL_PROCESS;
+    let program = Rules {
+        ranges,
+        calls,
+        foreign,
+    }
+    .compile()?;
     Ok(Compiled {
         program,
         flags,

@@ -25,9 +25,12 @@
 //! ignores the high word of an `int` argument, so a 64-bit comparison would let
 //! a caller slip past a refusal by setting a bit there.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 
 use crate::action::Action;
+use crate::explain;
 use crate::table;
 
 /// `ENOSYS`: programs take it for an older kernel and use an older call.
@@ -35,6 +38,8 @@ pub const ENOSYS: Action = Action::Errno(38);
 
 /// How many alternatives one rule may expand to.
 const MAX_ALTERNATIVES: usize = 1024;
+/// How many rules a profile may have: `SECCOMP_RET_DATA` has 16 bits for their index.
+const MAX_RULES: usize = 4096;
 
 /// A named set of rules.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -85,6 +90,9 @@ pub struct Rule {
     pub args: Vec<ArgSet>,
     /// Why the rule exists. Mandatory.
     pub reason: String,
+    /// Programs probe for it all the time: a refusal is nobody's news.
+    #[serde(default)]
+    pub quiet: bool,
 }
 
 /// A condition in which any of several values will do.
@@ -109,6 +117,9 @@ pub struct LeftOut {
     pub syscalls: Vec<String>,
     /// Why no rule mentions them.
     pub reason: String,
+    /// As of a [`Rule`].
+    #[serde(default)]
+    pub quiet: bool,
 }
 
 /// A comparison of an argument with a value.
@@ -194,6 +205,26 @@ pub enum ProfileError {
         group: String,
         /// The call.
         syscall: String,
+    },
+    /// Two groups whose rules would have the same ids.
+    #[error(
+        "read seccomp profile {profile}: group \"{group}\" has the same id as another group, or one that is reserved; give it another name"
+    )]
+    SameId {
+        /// The profile.
+        profile: String,
+        /// The group.
+        group: String,
+    },
+    /// More rules than a verdict can name.
+    #[error(
+        "read seccomp profile {profile}: {count} rules, at most {MAX_RULES} are allowed; use fewer"
+    )]
+    TooManyRules {
+        /// The profile.
+        profile: String,
+        /// How many.
+        count: usize,
     },
     /// The combinations of values in one rule are too many.
     #[error(
@@ -388,6 +419,23 @@ impl Profile {
                 None => Ok(()),
             }
         };
+        let rules = self.groups.iter().map(|group| group.rules.len());
+        let count = rules.sum::<usize>() + self.left_out.len();
+        if count > MAX_RULES {
+            return Err(ProfileError::TooManyRules {
+                profile: self.name.clone(),
+                count,
+            });
+        }
+        let mut ids = BTreeSet::from([explain::LEFT_OUT.to_owned()]);
+        for group in &self.groups {
+            if !ids.insert(explain::slug(&group.name)) {
+                return Err(ProfileError::SameId {
+                    profile: self.name.clone(),
+                    group: group.name.clone(),
+                });
+            }
+        }
         for group in &self.groups {
             for rule in &group.rules {
                 if rule.reason.trim().is_empty() {

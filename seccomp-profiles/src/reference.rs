@@ -4,7 +4,7 @@
 
 use crate::action::Action;
 use crate::interp::SeccompData;
-use crate::profile::Profile;
+use crate::profile::{Condition, Profile, Rule};
 use crate::table;
 
 /// `AUDIT_ARCH_X86_64` (linux/audit.h).
@@ -25,17 +25,36 @@ pub fn decide(profile: &Profile, data: &SeccompData) -> Action {
         return profile.unknown;
     };
     for group in &profile.groups {
-        for rule in &group.rules {
-            let named = rule.syscalls.iter().any(|syscall| syscall == name);
-            let holds = || {
-                rule.alternatives()
-                    .iter()
-                    .any(|list| list.iter().all(|condition| condition.holds(&data.args)))
-            };
-            if named && holds() {
-                return group.action;
-            }
+        if group.rules.iter().any(|rule| matches(rule, name, data)) {
+            return group.action;
         }
     }
     profile.default
+}
+
+/// The index in [`crate::explain::rules`] of what decides the call.
+#[must_use]
+pub fn rule(profile: &Profile, data: &SeccompData) -> usize {
+    let rules: Vec<&Rule> = profile.groups.iter().flat_map(|g| &g.rules).collect();
+    let end = rules.len() + profile.left_out.len();
+    if data.arch != X86_64 {
+        return end + 3;
+    }
+    if data.nr >= X32 {
+        return end + 2;
+    }
+    let Some(name) = table::name(data.nr) else {
+        return end + 1;
+    };
+    if let Some(at) = rules.iter().position(|rule| matches(rule, name, data)) {
+        return at;
+    }
+    let mut left_out = profile.left_out.iter();
+    let named = left_out.position(|l| l.syscalls.iter().any(|call| call == name));
+    named.map_or(end, |at| rules.len() + at)
+}
+
+fn matches(rule: &Rule, name: &str, data: &SeccompData) -> bool {
+    let holds = |list: &Vec<Condition>| list.iter().all(|condition| condition.holds(&data.args));
+    rule.syscalls.iter().any(|syscall| syscall == name) && rule.alternatives().iter().any(holds)
 }

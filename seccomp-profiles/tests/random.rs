@@ -12,7 +12,9 @@ use common::{arguments, some_calls_of, verdict};
 use proptest::prelude::*;
 use seccomp_profiles::interp::{self, SeccompData};
 use seccomp_profiles::profile::{ArgSet, Condition, Group, Op, Rule, Width};
-use seccomp_profiles::{Action, Profile, Program, SockFilter, compile, reference, table};
+use seccomp_profiles::{
+    Action, Explainer, Form, Profile, Program, SockFilter, compile, compile_as, reference, table,
+};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -72,11 +74,13 @@ fn a_profile(
     let rule = (
         prop::collection::vec(name, 1..5),
         prop::collection::vec(an_arg(), 0..3),
+        any::<bool>(),
     );
-    let rule = rule.prop_map(|(syscalls, args)| Rule {
+    let rule = rule.prop_map(|(syscalls, args, quiet)| Rule {
         syscalls,
         args,
         reason: "random".to_owned(),
+        quiet,
     });
     let group =
         (an_action(), prop::collection::vec(rule, rules)).prop_map(|(action, rules)| Group {
@@ -85,21 +89,28 @@ fn a_profile(
             rules,
         });
     let actions = (an_action(), an_action(), an_action());
-    (actions, prop::collection::vec(group, groups)).prop_map(|((default, unknown, x32), groups)| {
-        Profile {
-            name: "random".to_owned(),
-            description: String::new(),
-            default,
-            unknown,
-            x32,
-            groups,
-            left_out: Vec::new(),
-        }
-    })
+    (actions, prop::collection::vec(group, groups)).prop_map(
+        |((default, unknown, x32), mut groups): (_, Vec<Group>)| {
+            for (at, group) in groups.iter_mut().enumerate() {
+                group.name = format!("random {at}");
+            }
+            Profile {
+                name: "random".to_owned(),
+                description: String::new(),
+                default,
+                unknown,
+                x32,
+                groups,
+                left_out: Vec::new(),
+            }
+        },
+    )
 }
 
 fn check(profile: &Profile) -> Result<(), TestCaseError> {
     let program = compile(profile).unwrap();
+    let notify = compile_as(profile, Form::Notify).unwrap();
+    let explainer = Explainer::of(profile).unwrap();
     let named = profile
         .groups
         .iter()
@@ -117,6 +128,14 @@ fn check(profile: &Profile) -> Result<(), TestCaseError> {
             prop_assert_eq!(
                 verdict(&program, data),
                 reference::decide(profile, data),
+                "{:x?}",
+                data
+            );
+            common::explained(profile, &explainer, data)?;
+            let rule = &explainer.rules()[reference::rule(profile, data)];
+            prop_assert_eq!(
+                verdict(&notify, data),
+                common::notified(rule),
                 "{:x?}",
                 data
             );

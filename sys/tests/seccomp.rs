@@ -114,9 +114,14 @@ fn every_shipped_filter_is_accepted_and_lets_getpid_run() {
             _ => Outcome::Returned,
         };
         assert_eq!(under(name, libc::SYS_getpid, [0; 4]), getpid, "{name}");
+        // Without a tracer, which is what the agent's answers are.
+        let mount = match name {
+            "agent" => libc::ENOSYS,
+            _ => libc::EPERM,
+        };
         assert_eq!(
             under(name, libc::SYS_mount, [0; 4]),
-            Outcome::Errno(libc::EPERM),
+            Outcome::Errno(mount),
             "{name}"
         );
     }
@@ -162,6 +167,46 @@ fn a_listener_is_a_close_on_exec_descriptor() {
                 i32::from(!flags.is_ok_and(|f| f.contains(rustix::io::FdFlags::CLOEXEC)))
             }
             _ => 2,
+        }
+    });
+    assert_eq!(outcome, Outcome::Returned);
+}
+
+/// What the listener of a workload's filter is asked about, on top of the agent's.
+#[test]
+fn the_agents_filter_does_not_silence_a_listener_above_it() {
+    let agent = seccomp_profiles::shipped_program("agent").unwrap();
+    let notify = seccomp_profiles::Form::Notify;
+    let above = seccomp_profiles::shipped_program_as("default", notify).unwrap();
+    let outcome = forked(|| {
+        install(agent);
+        let Ok(Some(listener)) = install_filter(above, FLAG_NEW_LISTENER) else {
+            return 2;
+        };
+        // SAFETY: ends nothing but a child that shares no memory with anyone.
+        match unsafe { libc::fork() } {
+            0 => {
+                // SAFETY: mount with null pointers, which changes nothing; then
+                // the end of the child, without running anything else of it.
+                unsafe {
+                    libc::syscall(libc::SYS_mount, 0, 0, 0, 0, 0);
+                    libc::_exit(0)
+                }
+            }
+            child => {
+                let mut polled = [rustix::event::PollFd::new(
+                    &listener,
+                    rustix::event::PollFlags::IN,
+                )];
+                let wait = rustix::event::Timespec {
+                    tv_sec: 5,
+                    tv_nsec: 0,
+                };
+                let heard = rustix::event::poll(&mut polled, Some(&wait)) == Ok(1);
+                // SAFETY: the child is this process' own and not yet waited for.
+                unsafe { libc::kill(child, libc::SIGKILL) };
+                i32::from(!heard)
+            }
         }
     });
     assert_eq!(outcome, Outcome::Returned);

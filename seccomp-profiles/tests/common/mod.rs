@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use seccomp_profiles::interp::{self, SeccompData};
 use seccomp_profiles::profile::{Condition, Op};
-use seccomp_profiles::{Action, Profile, Program, table};
+use seccomp_profiles::{Action, Explainer, Profile, Program, RuleInfo, reference, table};
 
 pub const X32: u32 = 0x4000_0000;
 /// How many combinations of arguments of one call of a shipped profile are
@@ -119,4 +119,26 @@ pub fn calls(profile: &Profile) -> Vec<SeccompData> {
 
 pub fn verdict(program: &Program, data: &SeccompData) -> Action {
     Action::from_ret(interp::run(program, data))
+}
+
+/// What the listener's form of a profile answers where `rule` decides.
+pub fn notified(rule: &RuleInfo) -> Action {
+    match rule.action {
+        Action::Errno(_) if !rule.quiet => Action::Notify,
+        action => action,
+    }
+}
+
+/// Whether `explainer` names the rule that decides, and only where it refuses.
+pub fn explained(
+    profile: &Profile,
+    explainer: &Explainer,
+    data: &SeccompData,
+) -> Result<(), proptest::test_runner::TestCaseError> {
+    let rule = &explainer.rules()[reference::rule(profile, data)];
+    proptest::prop_assert_eq!(rule.action, reference::decide(profile, data), "{:x?}", data);
+    let runs = matches!(rule.action, Action::Allow | Action::Log);
+    let want = (!runs).then_some(rule);
+    proptest::prop_assert_eq!(explainer.explain(data), want, "{:x?}", data);
+    Ok(())
 }
