@@ -3,6 +3,9 @@
 //! Every key has a default that is safe; a key that doesn't exist is an error,
 //! because a misspelt one would otherwise be a policy that isn't there.
 
+mod annotations;
+mod exec;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,6 +15,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::caps;
 use crate::error::{ConfigError, one_line};
 use crate::paths::plain_absolute;
+
+pub use annotations::Annotations;
+pub use exec::{Exec, ExecPolicy, ExecUsers};
 
 /// Where the configuration is unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/casemate/config.toml";
@@ -43,6 +49,10 @@ pub struct Config {
     pub kernel: Kernel,
     /// The shim's own log.
     pub log: Log,
+    /// What annotations of pods may do.
+    pub annotations: Annotations,
+    /// What becomes of execs.
+    pub exec: Exec,
 }
 
 /// Which of the kernel's ways to take, where it has several.
@@ -75,8 +85,8 @@ pub enum WithoutIdmap {
     PassThrough,
 }
 
-/// How much is asked of a workload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// How much is asked of a workload; the tightest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Profile {
     /// As `default`, with less of the kernel.
@@ -89,6 +99,24 @@ pub enum Profile {
 }
 
 impl Profile {
+    /// As the configuration has it, and of the filter that comes with it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Strict => "strict",
+            Self::Default => "default",
+            Self::Compat => "compat",
+        }
+    }
+
+    /// The one of that name.
+    #[must_use]
+    pub fn of(name: &str) -> Option<Self> {
+        [Self::Strict, Self::Default, Self::Compat]
+            .into_iter()
+            .find(|p| p.name() == name)
+    }
+
     /// Whether no_new_privs is set whatever the specification says.
     #[must_use]
     pub fn forces_no_new_privs(self) -> bool {

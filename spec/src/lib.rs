@@ -10,6 +10,7 @@
 //! No field of the specification is ignored in silence: [`coverage()`] has one
 //! row for each, and a field that has no row becomes a warning.
 
+pub mod annotations;
 pub mod caps;
 pub mod clock;
 pub mod config;
@@ -17,6 +18,7 @@ pub mod coverage;
 pub mod devices;
 pub mod document;
 pub mod error;
+mod exec;
 pub mod hooks;
 mod journal;
 pub mod load;
@@ -29,6 +31,7 @@ pub mod schedule;
 pub mod tighten;
 pub mod users;
 
+pub use annotations::Annotations;
 pub use caps::Caps;
 pub use clock::ClockOffset;
 pub use config::{Config, Profile};

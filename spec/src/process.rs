@@ -8,6 +8,7 @@ use crate::caps::{self, Caps};
 use crate::config::{Config, POD_IDS};
 use crate::coverage::How;
 use crate::error::{Refusal, one_line};
+use crate::exec;
 use crate::journal::Journal;
 use crate::load::LoadedProcess;
 use crate::paths::plain_absolute;
@@ -82,7 +83,8 @@ impl fmt::Debug for ProcessSpec {
 
 /// Checks the process of an exec. It gets no more than its container has:
 /// capabilities within the container's bounding set, its no_new_privs, its
-/// limits and its labels.
+/// limits and its labels. `terminal` is what the request says, which overrules
+/// the document.
 ///
 /// # Errors
 /// The first rule that refuses it.
@@ -90,7 +92,9 @@ pub fn tighten_process(
     loaded: LoadedProcess,
     container: &Tightened,
     config: &Config,
+    terminal: bool,
 ) -> Result<ProcessSpec, Refusal> {
+    exec::admit(container, &config.exec, terminal)?;
     let LoadedProcess {
         process,
         warnings,
@@ -98,13 +102,16 @@ pub fn tighten_process(
     } = loaded;
     let mut journal = Journal::new(&fields, warnings)?;
     let own = &container.process;
-    let limit = own.caps.bounding & config.capabilities.allow;
+    let profile = container.effective.profile;
+    let limit = own.caps.bounding & container.effective.capabilities;
     let mut exec = check(
         &process,
         limit,
-        own.no_new_privs || config.profile.forces_no_new_privs(),
+        own.no_new_privs || profile.forces_no_new_privs(),
         &mut journal,
     )?;
+    exec::contain(&process, &exec, container, &config.exec)?;
+    exec.terminal = terminal;
 
     if process.capabilities().is_none() {
         exec.caps = own.caps.limited_to(limit);
@@ -127,7 +134,7 @@ pub fn tighten_process(
             Some(_) => {}
         }
     }
-    exec.schedule = schedule::check(&process, config)?.within(&own.schedule, &mut journal);
+    exec.schedule = schedule::check(&process, profile)?.within(&own.schedule, &mut journal);
     exec.oom_score_adj = match (exec.oom_score_adj, own.oom_score_adj) {
         (Some(asked), Some(has)) => Some(asked.max(has)),
         (asked, has) => asked.or(has),

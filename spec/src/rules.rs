@@ -64,6 +64,22 @@ rules! {
         "privileged containers are refused in this sandbox",
         "a privileged container is root of the node",
         "Remove securityContext.privileged, or use another RuntimeClass.";
+    ANNOTATION_KEY = "annotation-unknown",
+        "there is no such annotation of casemate's",
+        "what it was to tighten would silently not be tightened",
+        "Correct it; there are casemate.io/profile, exec, service-account-token, egress, ingress and capabilities.";
+    ANNOTATION_VALUE = "annotation-value",
+        "this annotation makes no sense",
+        "what it was to tighten would silently not be tightened",
+        "Correct it, or remove it.";
+    ANNOTATION_LOOSENS = "annotation-loosens",
+        "this annotation would loosen what holds without it",
+        "who writes a pod isn't who answers for the node, nor a container's author for the pod",
+        "Remove it, ask for something tighter, or name its key in annotations.allow of the node's configuration (which lets pods loosen what the node says, and not containers what their pod says).";
+    ANNOTATION_POD = "annotation-of-pod",
+        "this annotation of a container can only be its pod's",
+        "the containers of a pod share its network",
+        "Put it on the pod, and pod_annotations = [\"casemate.io/*\"] into containerd's configuration of the runtime.";
     SYSCTL = "sysctl",
         "this sysctl is refused",
         "it isn't separate for each pod, so it would change the node",
@@ -152,6 +168,22 @@ rules! {
         "this process makes no sense",
         "the OCI specification or execve(2) forbids it",
         "Correct the field.";
+    EXEC_DENIED = "exec-denied",
+        "execs are refused in this container",
+        "an exec is a program that neither the image nor the pod's author has chosen",
+        "Set exec.policy in the node's configuration to record or allow, or remove the annotation casemate.io/exec; a probe can be HTTP, TCP or gRPC.";
+    EXEC_CAPABILITIES = "exec-capabilities",
+        "an exec with more capabilities than its container is refused",
+        "who may exec in a container isn't who decided what it may do",
+        "Leave process.capabilities out, or name only what the container's own process names.";
+    EXEC_USER = "exec-user",
+        "an exec as another user or group than the container's is refused",
+        "who may exec in a container isn't who decided as whom it runs",
+        "Use the container's own user and groups, or set exec.users = \"any\" in the node's configuration.";
+    EXEC_TERMINAL = "exec-terminal",
+        "an exec with a terminal is refused",
+        "the node's configuration lets programs run in containers, and not people work there",
+        "Leave the terminal out (kubectl exec without -t), or set exec.terminal = true in the node's configuration.";
     RESOURCES = "resources",
         "this limit makes no sense",
         "a limit that can't be applied would silently not be one",

@@ -3,7 +3,7 @@
 
 use oci_spec::runtime::{IOPriorityClass, LinuxSchedulerPolicy, Process};
 
-use crate::config::{Config, Profile};
+use crate::config::Profile;
 use crate::error::{Refusal, one_line};
 use crate::journal::Journal;
 use crate::rules::SCHEDULING;
@@ -39,13 +39,13 @@ fn no<T>(field: &str, detail: impl AsRef<str>) -> Result<T, Refusal> {
 }
 
 /// Checks the three fields.
-pub(crate) fn check(process: &Process, config: &Config) -> Result<Schedule, Refusal> {
+pub(crate) fn check(process: &Process, profile: Profile) -> Result<Schedule, Refusal> {
     let schedule = Schedule {
         scheduler: scheduler(process)?,
         io_priority: io_priority(process)?,
         exec_cpus: exec_cpus(process)?,
     };
-    if config.profile == Profile::Strict {
+    if profile == Profile::Strict {
         // It is the process itself that sets them, behind its filter.
         const WHY: &str = "the profile strict has no system call for it";
         if schedule.scheduler.is_some() {

@@ -7,6 +7,7 @@ use oci_spec::runtime::{
 };
 use serde_json::Value;
 
+use crate::annotations::{Annotations, Effective, NodeProfile};
 use crate::caps::{self, Caps};
 use crate::clock::{self, ClockOffset};
 use crate::config::{Config, Sandbox};
@@ -37,6 +38,10 @@ pub struct Context<'a> {
     pub selinux: bool,
     /// The node's devices at the paths of `devices.allow`.
     pub devices: &'a [NodeDevice],
+    /// For a container of a pod: what the pod's own annotations say.
+    pub pod: Option<&'a Annotations>,
+    /// Profiles that the node has beside the shipped ones.
+    pub profiles: &'a [NodeProfile],
 }
 
 /// Where a namespace comes from.
@@ -108,6 +113,12 @@ pub struct Tightened {
     pub seccomp: Option<Value>,
     /// `annotations`.
     pub annotations: BTreeMap<String, String>,
+    /// Those that are ours, with the pod's.
+    pub asked: Annotations,
+    /// What the configuration and they come to.
+    pub effective: Effective,
+    /// All capabilities that the document names, granted or not.
+    pub asked_capabilities: u64,
     /// What was changed or dropped, one line each.
     pub warnings: Vec<String>,
     /// What became of each field that the specification sets.
@@ -165,6 +176,11 @@ pub fn tighten(
     // What a person most likely did comes first, as that is what they read.
     refuse_privileged(&spec, linux)?;
     let namespaces = namespaces(linux, &config.sandbox)?;
+    let mut asked = Annotations::read(&annotations)?;
+    if let Some(pod) = context.pod {
+        asked = asked.within(pod)?;
+    }
+    let effective = asked.under(config, context.profiles)?;
     let mut journal = Journal::new(&fields, warnings)?;
     let users = users::check(linux, &config.ids)?;
     if !(spec.version().is_empty() || spec.version().starts_with("1.")) {
@@ -194,9 +210,14 @@ pub fn tighten(
             "missing, so there is nothing to run",
         ));
     };
-    let force = config.profile.forces_no_new_privs();
-    let schedule = schedule::check(process, config)?;
-    let process = process::check(process, config.capabilities.allow, force, &mut journal)?;
+    let force = effective.profile.forces_no_new_privs();
+    let schedule = schedule::check(process, effective.profile)?;
+    let asked_capabilities = process
+        .capabilities()
+        .as_ref()
+        .map(|sets| Caps::from(sets).union())
+        .unwrap_or_default();
+    let process = process::check(process, effective.capabilities, force, &mut journal)?;
     let process = ProcessSpec {
         schedule,
         ..process
@@ -268,6 +289,9 @@ pub fn tighten(
         devices,
         seccomp,
         annotations,
+        asked,
+        effective,
+        asked_capabilities,
         warnings: journal.warnings,
         decisions: journal.decisions,
     })

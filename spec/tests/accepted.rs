@@ -325,7 +325,8 @@ fn an_exec_gets_no_more_than_its_container() {
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 4096, "hard": 4096}, {"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
         "noNewPrivileges": false, "oomScoreAdj": -900, "terminal": true, "consoleSize": {"height": 24, "width": 80}
     }));
-    let process = tighten_process(load_process(&asked).unwrap(), &container, &config).unwrap();
+    let process =
+        tighten_process(load_process(&asked).unwrap(), &container, &config, false).unwrap();
     assert_eq!(caps::names(process.caps.bounding), ["CAP_KILL"]);
     assert_eq!(process.caps.effective, 0);
     assert!(process.no_new_privs, "the container has it");
@@ -343,7 +344,8 @@ fn an_exec_gets_no_more_than_its_container() {
     assert!(process.warnings.iter().any(|w| w.contains("CAP_CHOWN")));
 
     let plain = exec(json!({"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}}));
-    let process = tighten_process(load_process(&plain).unwrap(), &container, &config).unwrap();
+    let process =
+        tighten_process(load_process(&plain).unwrap(), &container, &config, false).unwrap();
     assert_eq!(
         process.caps, container.process.caps,
         "the container's, where it names none"
@@ -360,7 +362,7 @@ fn an_exec_gets_no_more_than_its_container() {
         process[key] = value;
         let loaded = load_process(&exec(process)).unwrap();
         assert_eq!(
-            tighten_process(loaded, &container, &config)
+            tighten_process(loaded, &container, &config, false)
                 .unwrap_err()
                 .rule,
             rule

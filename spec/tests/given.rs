@@ -103,7 +103,7 @@ fn an_exec_is_scheduled_no_better_than_its_container() {
         }
         let bytes = serde_json::to_vec(&process).unwrap();
         let loaded = casemate_spec::load_process(&bytes).unwrap();
-        casemate_spec::tighten_process(loaded, &container, &Config::default())
+        casemate_spec::tighten_process(loaded, &container, &Config::default(), false)
             .unwrap()
             .schedule
     };

@@ -106,7 +106,7 @@ proptest! {
             }
             if let Some(process) = root.get("process") {
                 let loaded = load_process(&serde_json::to_vec(process).unwrap()).unwrap();
-                let exec = tighten_process(loaded, &tightened, &Config::default()).unwrap();
+                let exec = tighten_process(loaded, &tightened, &Config::default(), false).unwrap();
                 prop_assert_eq!(exec.caps.union() & !tightened.process.caps.bounding, 0);
             }
         }

@@ -34,15 +34,6 @@ pub struct Launch {
     pub staged: Vec<(String, Staged)>,
 }
 
-/// Name of the shipped profile that `profile` stands for.
-pub fn profile_name(profile: Profile) -> &'static str {
-    match profile {
-        Profile::Strict => "strict",
-        Profile::Default => "default",
-        Profile::Compat => "compat",
-    }
-}
-
 /// A shipped profile, compiled.
 pub fn program(name: &str) -> Result<Vec<u8>, SandboxError> {
     seccomp_profiles::shipped_program(name)
@@ -155,10 +146,10 @@ pub fn container(
         readonly: spec.readonly_paths.clone(),
         readonly_root: spec.readonly_rootfs,
         bounding: process.caps.bounding,
-        filter: program(profile_name(config.profile))?,
+        filter: program(&spec.effective.profile_name)?,
         landlock,
         older_kernel: config.kernel.older_ways,
-        landlock_reads: config.profile == Profile::Strict,
+        landlock_reads: spec.effective.profile == Profile::Strict,
         no_new_privs: process.no_new_privs,
         cwd: process.cwd.clone(),
         console: process.terminal.then_some(process.uid),

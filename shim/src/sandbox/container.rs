@@ -94,7 +94,12 @@ pub(super) async fn create(
     pod: &Sandbox,
     request: ContainerRequest,
 ) -> Result<(Arc<Container>, Spawned), SandboxError> {
-    let spec = read_spec(&request.bundle, &request.id, &pod.config)?;
+    let spec = read_spec(
+        &request.bundle,
+        &request.id,
+        &pod.config,
+        pod.asked.as_ref(),
+    )?;
     let joined = namespaces::check(
         &spec.namespaces,
         pod.agent.pid,
@@ -472,13 +477,11 @@ impl Container {
         let invalid = |e: String| SandboxError::Invalid(e);
         let loaded =
             casemate_spec::load_process(process_json).map_err(|e| invalid(e.to_string()))?;
-        let mut spec = casemate_spec::tighten_process(loaded, &self.spec, &self.config)
+        let spec = casemate_spec::tighten_process(loaded, &self.spec, &self.config, terminal)
             .map_err(|e| invalid(e.to_string()))?;
         for warning in &spec.warnings {
             log::warn!("exec in container {}: {warning}", self.id);
         }
-        // The request overrules the document (Exec of the task service).
-        spec.terminal = terminal;
         let mut plan = process_plan(&spec, &self.filter, &[self.forker_pid])?;
         plan.cpus.clone_from(&spec.schedule.exec_cpus);
         plan.drop_bounding = self.spec.process.caps.bounding & !spec.caps.bounding;

@@ -245,7 +245,7 @@ pub fn after_death(bundle: &Path, id: &str) -> Vec<String> {
     }
     let read = || {
         let config = super::read_config()?;
-        let spec = super::read_spec(bundle, id, &config)?;
+        let spec = super::read_spec(bundle, id, &config, None)?;
         Ok::<_, SandboxError>((config, spec))
     };
     let (config, spec) = match read() {

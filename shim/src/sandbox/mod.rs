@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use casemate_cgroup::{Cgroup, Hierarchy, Stats};
-use casemate_spec::{Config, Context, Tightened};
+use casemate_spec::{Annotations, Config, Context, Kind, Tightened};
 use rustix::event::PollFlags;
 use tokio::io::Interest;
 
@@ -178,6 +178,8 @@ pub struct Sandbox {
     cgroup: Cgroup,
     /// The cgroup above is the pod's alone.
     has_parent: bool,
+    /// What the pod's own annotations say, where it has a sandbox container.
+    asked: Option<Annotations>,
     landlock: bool,
     /// Runs hooks on the host, where the configuration allows any.
     runner: Option<Arc<Runner>>,
@@ -215,19 +217,31 @@ fn read_config() -> Result<Config, SandboxError> {
     Config::read(&path).map_err(|e| SandboxError::Invalid(e.to_string()))
 }
 
-fn read_spec(bundle: &Path, id: &str, config: &Config) -> Result<Tightened, SandboxError> {
+/// `pod` are the pod's own annotations, for a container of it.
+fn read_spec(
+    bundle: &Path,
+    id: &str,
+    config: &Config,
+    pod: Option<&Annotations>,
+) -> Result<Tightened, SandboxError> {
     let path = bundle.join("config.json");
     let bytes = std::fs::read(&path).step("read", path.display().to_string())?;
-    tightened(&bytes, id, config)
+    tightened(&bytes, id, config, pod)
 }
 
-fn tightened(bytes: &[u8], id: &str, config: &Config) -> Result<Tightened, SandboxError> {
+fn tightened(
+    bytes: &[u8],
+    id: &str,
+    config: &Config,
+    pod: Option<&Annotations>,
+) -> Result<Tightened, SandboxError> {
     let invalid = |e: String| SandboxError::Invalid(e);
     let loaded = casemate_spec::load(bytes).map_err(|e| invalid(e.to_string()))?;
     let devices = dev::at(&config.devices.allow);
     let context = Context {
         id,
         devices: &devices,
+        pod,
         ..Context::default()
     };
     let spec =
@@ -263,7 +277,7 @@ impl Sandbox {
         crate::log::set_level(config.log.level);
         let (spec, files, has_parent) = match request.origin {
             Origin::Bundle => {
-                let spec = read_spec(&request.bundle, &request.pod_id, &config)?;
+                let spec = read_spec(&request.bundle, &request.pod_id, &config, None)?;
                 (spec, None, false)
             }
             Origin::Given {
@@ -271,7 +285,7 @@ impl Sandbox {
                 files,
                 has_parent,
             } => {
-                let spec = tightened(&document, &request.pod_id, &config)?;
+                let spec = tightened(&document, &request.pod_id, &config, None)?;
                 (spec, Some(files), has_parent)
             }
         };
@@ -351,6 +365,7 @@ impl Sandbox {
             agent,
             cgroup,
             has_parent,
+            asked: (spec.pod.kind == Kind::Sandbox).then_some(spec.asked),
             landlock,
             runner,
             shared,

@@ -1,8 +1,20 @@
 //! Specifications as containerd writes them, and changes to them.
 #![allow(dead_code, reason = "each test program uses a part")]
 
-use casemate_spec::{Config, Context, Refusal, Tightened, load, tighten};
+use std::collections::BTreeSet;
+
+use casemate_spec::{Config, Context, RULES, Refusal, Tightened, load, tighten};
 use serde_json::Value;
+
+/// Rules that begin so have their cases in test programs of their own.
+pub const ELSEWHERE: [&str; 2] = ["annotation-", "exec-"];
+
+/// Fails unless `seen` are all rules that begin with `prefix`.
+pub fn all_of(prefix: &str, seen: &BTreeSet<&str>) {
+    assert!(ELSEWHERE.contains(&prefix));
+    let all = RULES.iter().map(|r| r.id).filter(|r| r.starts_with(prefix));
+    assert_eq!(*seen, all.collect(), "every rule has a case");
+}
 
 pub const CTR_1_6: &[u8] = include_bytes!("../data/ctr-1.6.json");
 pub const CTR_2_1: &[u8] = include_bytes!("../data/ctr-2.1.json");
@@ -15,6 +27,8 @@ pub const CONTEXT: Context<'static> = Context {
     apparmor: false,
     selinux: false,
     devices: &[],
+    pod: None,
+    profiles: &[],
 };
 
 /// `bytes` with the value at each pointer (RFC 6901) replaced or added.
