@@ -1,8 +1,12 @@
 //! `casemate`: the operator's command. `casemate run` is the first look: one
-//! process in the sandbox that pods get, with no containerd at all.
+//! process in the sandbox that pods get, with no containerd at all. The rest
+//! looks after living pods.
 
 mod bundle;
 mod error;
+mod events;
+mod operator;
+mod ps;
 mod rootfs;
 mod run;
 mod shim;
@@ -31,6 +35,12 @@ enum Command {
     /// Run one command in a sandbox, without containerd
     #[command(after_help = EXAMPLES)]
     Run(Run),
+    /// List living pods and their containers
+    #[command(after_help = ps::EXAMPLES)]
+    Ps(ps::Ps),
+    /// Print what happened in pods: refused calls, execs, refusals, losses
+    #[command(after_help = events::EXAMPLES)]
+    Events(events::Events),
 }
 
 const EXAMPLES: &str = "\
@@ -68,9 +78,13 @@ fn main() {
         let _lost = error.print();
         std::process::exit(if error.use_stderr() { OWN_FAILURE } else { 0 });
     });
-    let Command::Run(options) = cli.command;
+    let done = match cli.command {
+        Command::Run(options) => run::run(&options),
+        Command::Ps(options) => ps::run(&options),
+        Command::Events(options) => events::run(&options),
+    };
     // Not by returning: a thread may still be reading our standard input.
-    std::process::exit(match run::run(&options) {
+    std::process::exit(match done {
         Ok(status) => status,
         Err(error) => {
             let _lost = writeln!(std::io::stderr(), "casemate: {error}");

@@ -42,7 +42,8 @@ impl ShimError {
             }
             ShimError::AlreadyExists(_) => Code::ALREADY_EXISTS,
             ShimError::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
-            ShimError::InvalidArgument(_) | ShimError::Sandbox(SandboxError::Invalid(_)) => {
+            ShimError::InvalidArgument(_)
+            | ShimError::Sandbox(SandboxError::Invalid(_) | SandboxError::Refused { .. }) => {
                 Code::INVALID_ARGUMENT
             }
             ShimError::Unimplemented(_) => Code::UNIMPLEMENTED,
@@ -67,6 +68,10 @@ impl From<ShimError> for ttrpc::Error {
 pub fn again(error: &SandboxError) -> SandboxError {
     match error {
         SandboxError::Invalid(text) => SandboxError::Invalid(text.clone()),
+        SandboxError::Refused { rule, text } => SandboxError::Refused {
+            rule,
+            text: text.clone(),
+        },
         SandboxError::NotFound(text) => SandboxError::NotFound(text.clone()),
         SandboxError::Unavailable(text) => SandboxError::Unavailable(text.clone()),
         SandboxError::Failed(text) => SandboxError::Failed(text.clone()),
@@ -101,6 +106,14 @@ mod tests {
             (SandboxError::NotFound(text()).into(), 5),
             (SandboxError::Unavailable(text()).into(), 14),
             (SandboxError::Failed(text()).into(), 2),
+            (
+                SandboxError::Refused {
+                    rule: "r",
+                    text: text(),
+                }
+                .into(),
+                3,
+            ),
         ];
         let mut seen = std::collections::BTreeSet::new();
         for (error, number) in table {
@@ -114,7 +127,7 @@ mod tests {
         assert_eq!(seen.len(), VARIANTS, "a kind of error that no row is about");
     }
 
-    const VARIANTS: usize = 11;
+    const VARIANTS: usize = 12;
 
     /// Names each kind: a new one doesn't compile until it is in the table.
     fn place(error: &ShimError) -> usize {
@@ -130,6 +143,7 @@ mod tests {
             ShimError::Sandbox(SandboxError::NotFound(_)) => 8,
             ShimError::Sandbox(SandboxError::Unavailable(_)) => 9,
             ShimError::Sandbox(SandboxError::Failed(_)) => 10,
+            ShimError::Sandbox(SandboxError::Refused { .. }) => 11,
         }
     }
 

@@ -113,7 +113,7 @@ fn format_line(at: SystemTime, level: &str, message: &str) -> String {
 }
 
 /// RFC 3339 with nanoseconds, UTC.
-fn rfc3339(at: SystemTime) -> String {
+pub fn rfc3339(at: SystemTime) -> String {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (days, second) = (since.as_secs() / 86_400, since.as_secs() % 86_400);
     // Proleptic Gregorian calendar in 400-year eras that begin on 1 March.

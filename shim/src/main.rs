@@ -9,6 +9,7 @@ mod io;
 mod log;
 mod plan;
 mod pod;
+mod record;
 mod sandbox;
 mod service;
 

@@ -18,6 +18,7 @@ pub mod generation;
 pub mod image;
 pub mod leaks;
 pub mod node;
+pub mod operator;
 pub mod pod;
 pub mod procs;
 pub mod results;

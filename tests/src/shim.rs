@@ -196,21 +196,33 @@ impl Client {
         }
     }
 
-    /// Any RPC of the service.
-    pub fn call<R: Message>(&self, method: &str, ask: &dyn Ask, limit: Duration) -> Result<R> {
+    /// Any RPC of any service, as bytes.
+    pub fn raw(
+        &self,
+        service: &str,
+        method: &str,
+        payload: Vec<u8>,
+        limit: Duration,
+    ) -> Result<Vec<u8>> {
         let failed = |source| Failure::Rpc {
             method: method.to_owned(),
             source,
         };
         let request = ttrpc::Request {
-            service: self.service.clone(),
+            service: service.to_owned(),
             method: method.to_owned(),
             timeout_nano: i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX),
-            payload: ask.bytes()?,
+            payload,
             ..Default::default()
         };
         let response = self.client.request(request).map_err(failed)?;
-        R::parse_from_bytes(&response.payload)
+        Ok(response.payload)
+    }
+
+    /// Any RPC of the service.
+    pub fn call<R: Message>(&self, method: &str, ask: &dyn Ask, limit: Duration) -> Result<R> {
+        let payload = self.raw(&self.service, method, ask.bytes()?, limit)?;
+        R::parse_from_bytes(&payload)
             .map_err(|e| Failure::Unexpected(format!("decode answer of {method}: {e}")))
     }
 

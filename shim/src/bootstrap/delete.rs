@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use super::flags::Flags;
 use super::journal::{self, Entry, Journal};
 use super::proc;
+use super::registry;
 use super::socket;
 use super::spec::Spec;
 use crate::events::timestamp;
@@ -66,6 +67,13 @@ fn clean(bundle: &Path, id: &str) -> DeleteResponse {
         (bundle.join(POD_LINK), false)
     };
     let facts = Facts::gather(Journal::read(&pod.join(journal::NAME)));
+    if facts.shim.is_none() {
+        // No journal says what there was; entries of dead shims speak for
+        // themselves.
+        if let Err(error) = registry::sweep(Path::new(registry::DIRECTORY)) {
+            warn(&format!("sweep {}: {error}", registry::DIRECTORY));
+        }
+    }
     if is_pod {
         clean_pod(&pod, &facts);
     } else if let Some(container) = facts.containers.get(id)
@@ -98,6 +106,7 @@ struct Facts {
     shim: Option<(u32, u64)>,
     agents: Vec<(u32, u64)>,
     sockets: Vec<PathBuf>,
+    registry: Vec<PathBuf>,
     containers: BTreeMap<String, Container>,
     removed: BTreeSet<String>,
 }
@@ -165,6 +174,7 @@ impl Facts {
                     let known = &mut facts.containers.entry(container).or_default().loggers;
                     known.push((pid, start_time));
                 }
+                Entry::Registry(path) => facts.registry.push(path),
                 Entry::Removed(id) => {
                     facts.removed.insert(id);
                 }
@@ -237,6 +247,12 @@ fn clean_pod(bundle: &Path, facts: &Facts) {
     unmount_rootfs(bundle);
     for socket in &facts.sockets {
         remove_socket(socket);
+    }
+    let (pid, start) = facts.shim.unwrap_or_default();
+    for path in &facts.registry {
+        if let Err(error) = registry::remove(path, pid, start) {
+            warn(&format!("remove {}: {error}", path.display()));
+        }
     }
     if let Ok(journal) = Journal::open(bundle) {
         for id in gone {

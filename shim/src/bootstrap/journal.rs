@@ -91,6 +91,8 @@ pub enum Entry {
     },
     /// Nothing of this container is left on the host.
     Removed(String),
+    /// The pod's entry in the registry of living pods, about to be made.
+    Registry(PathBuf),
 }
 
 impl Entry {
@@ -209,6 +211,7 @@ mod tests {
                 slice: "p.slice".into(),
                 unit: "c-a.scope".into(),
             },
+            Entry::Registry("/run/r".into()),
         ]
     }
 
@@ -274,6 +277,7 @@ mod tests {
                 r#"{"exit":{"container":"a","status":137,"at":5,"pid":12}}"#,
                 r#"{"removed":"a"}"#,
                 r#"{"scope":{"container":"a","slice":"p.slice","unit":"c-a.scope"}}"#,
+                r#"{"registry":"/run/r"}"#,
             ]
         );
     }

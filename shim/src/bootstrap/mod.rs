@@ -7,6 +7,7 @@ pub mod flags;
 pub mod info;
 pub mod journal;
 pub mod proc;
+pub mod registry;
 pub mod server;
 pub mod socket;
 pub mod spec;

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use futures::{Stream, StreamExt};
 use rustix::fs::{Mode, OFlags};
@@ -20,7 +20,8 @@ use ttrpc::r#async::transport::Listener;
 use super::flags::Flags;
 use super::journal::{Entry, Journal};
 use super::proc;
-use super::spec::CONFIG;
+use super::registry;
+use super::spec::{CONFIG, Spec};
 use super::start::READY;
 use crate::error::one_line;
 use crate::events::{Events, socket_path};
@@ -51,9 +52,11 @@ pub fn run(flags: &Flags) -> Result<(), String> {
     if let Err(error) = told {
         // Nobody knows of this shim, or ever will.
         remove_socket(&prepared.socket);
+        remove_entry(&prepared.registry);
         return Err(format!("tell start that the shim is ready: {error}"));
     }
 
+    let registry = prepared.registry.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -65,7 +68,16 @@ pub fn run(flags: &Flags) -> Result<(), String> {
         log::error!("{error}");
     }
     remove_socket(&socket);
+    remove_entry(&registry);
     served
+}
+
+fn remove_entry(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        log::warn!("remove {}: {error}", path.display());
+    }
 }
 
 fn remove_socket(socket: &Path) {
@@ -77,6 +89,7 @@ fn remove_socket(socket: &Path) {
 struct Prepared {
     listener: StdListener,
     socket: PathBuf,
+    registry: PathBuf,
     bundle: PathBuf,
     journal: Arc<Journal>,
     events: PathBuf,
@@ -101,13 +114,29 @@ fn prepare(flags: &Flags) -> Result<Prepared, String> {
     let start_time =
         proc::start_time(pid).ok_or_else(|| "read our own start time from /proc".to_owned())?;
     let socket = PathBuf::from(&flags.socket);
+    let registry = registry::path(&flags.id, &socket);
     for entry in [
         Entry::Shim { pid, start_time },
         Entry::Socket(socket.clone()),
+        Entry::Registry(registry.clone()),
     ] {
         journal
             .record(entry)
             .map_err(|error| format!("write the journal in {}: {error}", bundle.display()))?;
+    }
+    let entry = registry::Pod {
+        namespace: flags.namespace.clone(),
+        pod: flags.id.clone(),
+        kubernetes: Spec::read(&bundle).ok().and_then(|spec| spec.kubernetes()),
+        bundle: bundle.clone(),
+        shim: pid,
+        start_time,
+        socket: socket.clone(),
+        since: crate::log::rfc3339(SystemTime::now()),
+    };
+    // A pod that no operator finds by name is a pod nevertheless.
+    if let Err(error) = entry.write(&registry) {
+        log::warn!("write {}: {error}", registry.display());
     }
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(|error| format!("become the subreaper: {error}"))?;
@@ -117,6 +146,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, String> {
     Ok(Prepared {
         listener,
         socket,
+        registry,
         bundle,
         journal: Arc::new(journal),
         events,

@@ -7,6 +7,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use super::registry::Kubernetes;
+
 /// The document's name in a bundle.
 pub const CONFIG: &str = "config.json";
 
@@ -66,6 +68,19 @@ impl Spec {
     /// The pod's id: the CRI sandbox's, or the container's own.
     pub fn pod_id<'a>(&'a self, id: &'a str) -> &'a str {
         self.annotation(SANDBOX_ID).unwrap_or(id)
+    }
+
+    /// What Kubernetes calls the pod, if it is one of its.
+    pub fn kubernetes(&self) -> Option<Kubernetes> {
+        let get = |name: &str| {
+            let value = self.annotation(&format!("io.kubernetes.cri.sandbox-{name}"));
+            value.unwrap_or_default().to_owned()
+        };
+        self.annotation(SANDBOX_ID).map(|_| Kubernetes {
+            namespace: get("namespace"),
+            name: get("name"),
+            uid: get("uid"),
+        })
     }
 
     /// Whether this is CRI's sandbox container, which nothing runs in.

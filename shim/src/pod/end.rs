@@ -11,6 +11,7 @@ use super::process::Exited;
 use super::state::Phase;
 use super::task::{KILLED, Task};
 use super::{Pod, Slot};
+use crate::record::Record;
 use crate::sandbox::Sandbox;
 
 /// How long exits may still arrive after the agent has gone.
@@ -33,6 +34,10 @@ impl Pod {
         let tasks = self.tasks();
         if !stopped && !tasks.is_empty() {
             log::error!("the agent has ended: so have {} containers", tasks.len());
+            self.records.push(&Record::AgentLoss {
+                // As many as fit into a record.
+                containers: tasks.iter().take(32).map(|task| task.id.clone()).collect(),
+            });
         }
         let (containers, pauses): (Vec<_>, Vec<_>) =
             tasks.iter().partition(|task| task.container().is_some());

@@ -9,8 +9,9 @@ pub mod state;
 pub mod task;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 
@@ -18,6 +19,7 @@ use crate::bootstrap::journal::{Entry, Journal};
 use crate::error::{ShimError, again};
 use crate::events::Events;
 use crate::host::lockdown;
+use crate::record::{Record, Records, spool};
 use crate::sandbox::{Origin, PodRequest, Sandbox, SandboxError};
 use life::{Life, Step};
 use task::Task;
@@ -32,6 +34,10 @@ pub struct Pod {
     pub events: Events,
     /// What was made on the host.
     pub journal: Arc<Journal>,
+    /// What happened in it that an operator wants to know.
+    pub records: Records,
+    /// Since when there is a shim for it.
+    pub since: SystemTime,
     book: Mutex<Book>,
     life: watch::Sender<Life>,
     /// Held by whoever ends the sandbox.
@@ -77,6 +83,8 @@ impl Pod {
     /// A pod without sandbox and containers.
     pub fn new(id: String, bundle: PathBuf, events: Events, journal: Arc<Journal>) -> Arc<Pod> {
         Arc::new(Pod {
+            records: Records::new(events.namespace(), &id),
+            since: SystemTime::now(),
             id,
             bundle,
             events,
@@ -103,6 +111,24 @@ impl Pod {
         self.book().slot = Slot::Made(sandbox.clone());
         tokio::spawn(self.clone().watch_agent(sandbox));
         Ok(())
+    }
+
+    /// Keeps a policy refusal, here and where it outlives this shim: a pod that
+    /// is refused goes with it.
+    pub fn refused(&self, container: &str, rule: Option<&str>, text: &str) {
+        self.records.push(&Record::PolicyRefusal {
+            container: container.to_owned(),
+            rule: rule.map(str::to_owned),
+            text: text.chars().take(1024).collect(),
+        });
+        let whose = spool::Whose {
+            namespace: self.events.namespace(),
+            pod: &self.id,
+            container,
+        };
+        if let Err(error) = spool::append(Path::new(spool::DIRECTORY), whose, rule, text) {
+            log::warn!("keep a refusal in {}: {error}", spool::DIRECTORY);
+        }
     }
 
     /// There will be no sandbox.
@@ -249,7 +275,8 @@ impl Pod {
         self.book().tasks.keys().cloned().collect()
     }
 
-    fn tasks(&self) -> Vec<Arc<Task>> {
+    /// The containers, CRI's sandbox container last.
+    pub fn tasks(&self) -> Vec<Arc<Task>> {
         let mut tasks: Vec<_> = self.book().tasks.values().cloned().collect();
         tasks.sort_by_key(|task| task.container().is_none());
         tasks

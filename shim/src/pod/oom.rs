@@ -11,23 +11,26 @@ use tokio::io::Interest;
 use super::task::Task;
 use crate::events::Events;
 use crate::io::watch;
+use crate::record::{Record, Records};
 
 /// A container's out-of-memory counter, armed when it is made.
 pub struct Oom {
     container_id: String,
     watch: OomWatch,
     events: Events,
+    records: Records,
 }
 
 impl Oom {
     /// Arms the watch; without one (no memory controller) there are no events.
-    pub fn arm(task: &Task, events: &Events) -> Option<Oom> {
+    pub fn arm(task: &Task, events: &Events, records: &Records) -> Option<Oom> {
         let cgroup = task.container()?.cgroup()?;
         match cgroup.oom_watch() {
             Ok(watch) => Some(Oom {
                 container_id: task.id.clone(),
                 watch,
                 events: events.clone(),
+                records: records.clone(),
             }),
             Err(error) => {
                 log::warn!("container {}: no out-of-memory events: {error}", task.id);
@@ -40,6 +43,9 @@ impl Oom {
     /// recorded, because the counter's event may come later than the exit.
     pub fn check(&self) {
         if self.watch.drain() {
+            self.records.push(&Record::Oom {
+                container: self.container_id.clone(),
+            });
             self.events.push(
                 topics::TASK_OOM_EVENT_TOPIC,
                 &TaskOOM {

@@ -10,6 +10,7 @@ use containerd_shim_protos::topics;
 use protobuf::MessageField;
 use tokio::sync::watch;
 
+use super::Pod;
 use super::oom::Oom;
 use super::process::{Exited, Process};
 use super::state::{Event, Next, Phase};
@@ -17,6 +18,7 @@ use crate::bootstrap::journal::{Entry, Journal};
 use crate::error::ShimError;
 use crate::events::{Events, timestamp};
 use crate::io::Streams;
+use crate::record::Records;
 use crate::sandbox::{ChildStdio, Container, Exit};
 
 /// Exits of processes that nobody has told us of yet; more is a broken forker.
@@ -53,6 +55,8 @@ pub struct Task {
     drained: watch::Sender<bool>,
     events: Events,
     journal: Arc<Journal>,
+    /// The pod's.
+    pub records: Records,
 }
 
 #[derive(Default)]
@@ -74,8 +78,7 @@ impl Task {
         kind: Kind,
         init: Process,
         private_pids: bool,
-        events: Events,
-        journal: Arc<Journal>,
+        pod: &Pod,
     ) -> Task {
         Task {
             id: id.to_owned(),
@@ -86,8 +89,9 @@ impl Task {
             private_pids,
             book: Mutex::new(Book::default()),
             drained: watch::Sender::new(false),
-            events,
-            journal,
+            events: pod.events.clone(),
+            journal: pod.journal.clone(),
+            records: pod.records.clone(),
         }
     }
 
@@ -343,7 +347,7 @@ impl Task {
         let Some(container) = self.container().cloned() else {
             return;
         };
-        let oom = Oom::arm(&self, &self.events).map(Arc::new);
+        let oom = Oom::arm(&self, &self.events, &self.records).map(Arc::new);
         let watching = oom.clone().map(|oom| tokio::spawn(oom.run()));
         while let Some(exit) = container.next_exit().await {
             if let Some(oom) = &oom {

@@ -38,14 +38,14 @@ const EMPTY_WITHIN: Duration = Duration::from_millis(600);
 /// One container of the pod.
 pub struct Container {
     id: String,
-    spec: Tightened,
-    config: Config,
-    filter: (Vec<u8>, u32),
+    pub(super) spec: Tightened,
+    pub(super) config: Config,
+    pub(super) filter: (Vec<u8>, u32),
     forker: Forker,
-    forker_pid: u32,
+    pub(super) forker_pid: u32,
     forker_pidfd: OwnedFd,
     init: OwnedFd,
-    cgroup: Cgroup,
+    pub(super) cgroup: Cgroup,
     staging: Arc<Staging>,
     directory: String,
     journal: Arc<Journal>,
@@ -477,8 +477,7 @@ impl Container {
         let invalid = |e: String| SandboxError::Invalid(e);
         let loaded =
             casemate_spec::load_process(process_json).map_err(|e| invalid(e.to_string()))?;
-        let spec = casemate_spec::tighten_process(loaded, &self.spec, &self.config, terminal)
-            .map_err(|e| invalid(e.to_string()))?;
+        let spec = casemate_spec::tighten_process(loaded, &self.spec, &self.config, terminal)?;
         for warning in &spec.warnings {
             log::warn!("exec in container {}: {warning}", self.id);
         }

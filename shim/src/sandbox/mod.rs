@@ -3,6 +3,7 @@
 //! typed errors; the service layer owns records, events and RPC rules.
 
 mod container;
+mod facts;
 mod forker;
 mod hooks;
 mod leftovers;
@@ -48,6 +49,14 @@ pub enum SandboxError {
     /// The request itself can't be carried out (bad field, missing binary…).
     #[error("{0}")]
     Invalid(String),
+    /// The policy refuses it.
+    #[error("{text}")]
+    Refused {
+        /// Id of the rule.
+        rule: &'static str,
+        /// What, where, and the way out.
+        text: String,
+    },
     /// The process, container or pod isn't there (any more).
     #[error("{0}")]
     NotFound(String),
@@ -65,9 +74,22 @@ impl SandboxError {
         let inside = |text: String| format!("{step}: {text}");
         match self {
             SandboxError::Invalid(text) => SandboxError::Invalid(inside(text)),
+            SandboxError::Refused { rule, text } => SandboxError::Refused {
+                rule,
+                text: inside(text),
+            },
             SandboxError::NotFound(text) => SandboxError::NotFound(inside(text)),
             SandboxError::Unavailable(text) => SandboxError::Unavailable(inside(text)),
             SandboxError::Failed(text) => SandboxError::Failed(inside(text)),
+        }
+    }
+}
+
+impl From<casemate_spec::Refusal> for SandboxError {
+    fn from(refusal: casemate_spec::Refusal) -> SandboxError {
+        SandboxError::Refused {
+            rule: refusal.rule,
+            text: refusal.to_string(),
         }
     }
 }
@@ -244,8 +266,7 @@ fn tightened(
         pod,
         ..Context::default()
     };
-    let spec =
-        casemate_spec::tighten(loaded, config, &context).map_err(|e| invalid(e.to_string()))?;
+    let spec = casemate_spec::tighten(loaded, config, &context)?;
     for warning in &spec.warnings {
         log::warn!("container {id}: {warning}");
     }

@@ -84,8 +84,7 @@ pub async fn create(
         kind,
         init,
         spec.has_private_pids(),
-        pod.events.clone(),
-        pod.journal.clone(),
+        &pod,
     ));
     created(&pod, reservation, task, request, pid);
     Ok(CreateTaskResponse {

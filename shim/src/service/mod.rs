@@ -8,6 +8,7 @@
 mod control;
 mod inspect;
 mod lifecycle;
+mod operator;
 mod sandbox;
 mod stats;
 
@@ -43,8 +44,21 @@ pub fn services(pod: Arc<Pod>, api: Result<bool, SandboxError>) -> HashMap<Strin
     for (_, service) in create_task(tasks) {
         services.insert("containerd.task.v2.Task".to_owned(), service);
     }
+    services.extend(operator::services(pod.clone()));
     services.extend(sandbox::services(pod, api));
     services
+}
+
+/// Lets an operator see what the policy refused.
+pub(super) fn note_refusal<T>(
+    pod: &Pod,
+    container: &str,
+    result: Result<T, ShimError>,
+) -> Result<T, ShimError> {
+    if let Err(ShimError::Sandbox(SandboxError::Refused { rule, text })) = &result {
+        pod.refused(container, Some(rule), text);
+    }
+    result
 }
 
 /// Runs a body to its end whatever becomes of the caller.
@@ -64,7 +78,12 @@ impl Task for Tasks {
         _ctx: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        detached(lifecycle::create(self.pod.clone(), request)).await
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        detached(async move {
+            let made = lifecycle::create(pod.clone(), request).await;
+            note_refusal(&pod, &id, made)
+        })
+        .await
     }
 
     async fn start(
@@ -72,7 +91,12 @@ impl Task for Tasks {
         _ctx: &TtrpcContext,
         request: StartRequest,
     ) -> ttrpc::Result<StartResponse> {
-        detached(lifecycle::start(self.pod.clone(), request)).await
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        detached(async move {
+            let started = lifecycle::start(pod.clone(), request).await;
+            note_refusal(&pod, &id, started)
+        })
+        .await
     }
 
     async fn delete(

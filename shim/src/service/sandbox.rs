@@ -24,7 +24,7 @@ use containerd_shim_protos::sandbox_async::{Sandbox, create_sandbox};
 use protobuf::MessageField;
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use super::{detached, stats};
+use super::{detached, note_refusal, stats};
 use crate::bootstrap::info::RUNTIME;
 use crate::error::{ShimError, again};
 use crate::events::timestamp;
@@ -233,7 +233,8 @@ impl Sandbox for Sandboxes {
         let turn = self.turn.clone();
         detached(async move {
             let _turn = turn.lock().await;
-            create(&pod, request).await?;
+            let made = create(&pod, request).await;
+            note_refusal(&pod, &pod.id, made)?;
             Ok(CreateSandboxResponse::default())
         })
         .await

@@ -34,6 +34,7 @@ mod locks_pod;
 mod logfile;
 mod loggers;
 mod oci;
+mod operator;
 mod pause;
 mod pods;
 mod pods_life;
@@ -88,6 +89,7 @@ fn main() -> ExitCode {
         descriptors::trials(),
         daemon::trials(),
         oci::trials(),
+        operator::trials(),
         items::trials(),
         errors::trials(),
         sandbox::trials(),

@@ -1,0 +1,212 @@
+//! `casemate.operator.v1.Operator`: what the `casemate` command asks a living
+//! pod, on the shim's own socket and so by root alone. Requests and answers are
+//! JSON. Nothing here changes anything or waits for a lock that is held for
+//! long; who waits for records is counted, and there is room for a few.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::sync::Semaphore;
+use ttrpc::r#async::{MethodHandler, Service, TtrpcContext};
+use ttrpc::{Code, Request, Response, Status, get_status};
+
+use crate::error::ShimError;
+use crate::pod::Pod;
+use crate::pod::process::Process;
+use crate::pod::task::Task;
+
+/// Name of the service.
+const NAME: &str = "casemate.operator.v1.Operator";
+/// The longest request, in bytes.
+const LONGEST: usize = 1024;
+/// Who may wait for records at a time.
+const WAITING: usize = 8;
+/// How long a request for records may wait for one.
+const WAIT_MAX: Duration = Duration::from_secs(30);
+/// Records in one answer.
+const PAGE: usize = 256;
+/// Processes named of a container.
+const PROCESSES: usize = 256;
+
+/// The service.
+pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
+    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 2] = [
+        ("Inspect", Box::new(Inspect { pod: pod.clone() })),
+        (
+            "Records",
+            Box::new(Records {
+                pod,
+                room: Semaphore::new(WAITING),
+            }),
+        ),
+    ];
+    let service = Service {
+        methods: methods
+            .into_iter()
+            .map(|(name, method)| (name.to_owned(), method))
+            .collect(),
+        streams: HashMap::new(),
+    };
+    HashMap::from([(NAME.to_owned(), service)])
+}
+
+fn parse<T: DeserializeOwned + Default>(request: &Request) -> Result<T, ShimError> {
+    let payload = &request.payload;
+    if payload.is_empty() {
+        return Ok(T::default());
+    }
+    if payload.len() > LONGEST {
+        return Err(ShimError::InvalidArgument(format!(
+            "{}: the request has more than {LONGEST} bytes",
+            request.method
+        )));
+    }
+    serde_json::from_slice(payload)
+        .map_err(|error| ShimError::InvalidArgument(format!("{}: {error}", request.method)))
+}
+
+fn answer(body: &Value) -> Response {
+    let mut response = Response::new();
+    response.set_status(get_status(Code::OK, String::new()));
+    response.payload = body.to_string().into_bytes();
+    response
+}
+
+fn status(error: ShimError) -> Status {
+    get_status(error.code(), error.to_string())
+}
+
+/// An error as an answer: what a handler returns otherwise loses its code.
+fn refusal(status: Status) -> Response {
+    let mut response = Response::new();
+    response.set_status(status);
+    response
+}
+
+struct Inspect {
+    pod: Arc<Pod>,
+}
+
+#[async_trait]
+impl MethodHandler for Inspect {
+    async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
+        Ok(answer(&inspect(&self.pod)))
+    }
+}
+
+fn inspect(pod: &Pod) -> Value {
+    let sandbox = pod.sandbox();
+    let containers: Vec<Value> = pod.tasks().iter().map(|task| container(task)).collect();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "namespace": pod.events.namespace(),
+        "pod": pod.id,
+        "bundle": pod.bundle,
+        "since": crate::log::rfc3339(pod.since),
+        "shim": { "pid": std::process::id() },
+        "sandbox": match sandbox {
+            Ok(sandbox) => sandbox.facts(),
+            Err(error) => json!({ "error": error.to_string() }),
+        },
+        "containers": containers,
+        "dropped": pod.records.dropped(),
+    })
+}
+
+fn container(task: &Task) -> Value {
+    let mut about = process(&task.init);
+    about["id"] = task.id.clone().into();
+    about["bundle"] = task.bundle.display().to_string().into();
+    about["paused"] = task.is_paused().into();
+    let execs = task.execs();
+    about["execs"] = execs
+        .iter()
+        .take(PROCESSES)
+        .map(|exec| {
+            let mut about = process(exec);
+            about["id"] = exec.exec_id.clone().into();
+            about
+        })
+        .collect();
+    match task.container() {
+        Some(container) => about["sandbox"] = container.facts(),
+        None => about["pause"] = true.into(),
+    }
+    about
+}
+
+fn process(process: &Process) -> Value {
+    let facts = process.facts();
+    json!({
+        "pid": facts.pid,
+        "state": facts.phase.name(),
+        "terminal": process.paths.terminal,
+        "exit": process.exited().map(|exited| exited.status),
+    })
+}
+
+struct Records {
+    pod: Arc<Pod>,
+    room: Semaphore,
+}
+
+/// What is asked of [`Records`].
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Ask {
+    /// From which number on.
+    since: u64,
+    /// How long to wait for one, in milliseconds.
+    wait_ms: u64,
+    /// How many at most.
+    limit: usize,
+}
+
+impl Default for Ask {
+    fn default() -> Ask {
+        Ask {
+            since: 0,
+            wait_ms: 0,
+            limit: PAGE,
+        }
+    }
+}
+
+#[async_trait]
+impl MethodHandler for Records {
+    async fn handler(&self, _ctx: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+        Ok(self
+            .page(&request)
+            .await
+            .map_or_else(refusal, |body| answer(&body)))
+    }
+}
+
+impl Records {
+    async fn page(&self, request: &Request) -> Result<Value, Status> {
+        let ask: Ask = parse(request).map_err(status)?;
+        let records = &self.pod.records;
+        let limit = ask.limit.clamp(1, PAGE);
+        let mut page = records.page(ask.since, limit);
+        if page.records.is_empty() && ask.wait_ms > 0 {
+            // Dropped with this future when the client hangs up.
+            let _place = self.room.try_acquire().map_err(|_| {
+                get_status(
+                    Code::RESOURCE_EXHAUSTED,
+                    format!("Records: {WAITING} clients wait for records already; try later"),
+                )
+            })?;
+            let wait = Duration::from_millis(ask.wait_ms).min(WAIT_MAX);
+            // In time or not: what there is then is the answer.
+            let _late = tokio::time::timeout(wait, records.wait(ask.since)).await;
+            page = records.page(ask.since, limit);
+        }
+        serde_json::to_value(page)
+            .map_err(|error| status(ShimError::Unknown(format!("encode records: {error}"))))
+    }
+}
