@@ -187,4 +187,8 @@ pub struct ProcessPlan {
     pub drop_bounding: u64,
     /// Set no_new_privs, where the container as a whole does without.
     pub no_new_privs: bool,
+    /// AppArmor profile to take on with execve; empty: none.
+    pub apparmor: String,
+    /// SELinux label to take on with execve; empty: none.
+    pub selinux: String,
 }

@@ -10,6 +10,7 @@ mod early;
 mod error;
 mod forker;
 mod hook;
+mod label;
 mod launch;
 mod passwd;
 mod pause;

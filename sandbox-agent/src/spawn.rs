@@ -17,6 +17,7 @@ use rustix::termios::Winsize;
 
 use crate::confine;
 use crate::error::{At, StepError};
+use crate::label;
 use crate::passwd;
 
 /// What a new process gets as 0, 1, 2.
@@ -275,6 +276,8 @@ fn prepare_and_exec(
         path => find_binary(&[path.to_owned()], &env)?,
     };
     let (path, args, env) = (c_string(&binary)?, c_strings(&plan.args)?, c_strings(&env)?);
+
+    label::set(plan)?;
 
     let ready: Vec<_> = master.iter().map(AsFd::as_fd).collect();
     prepared(status, &ready)?;

@@ -21,6 +21,7 @@ pub mod error;
 mod exec;
 pub mod hooks;
 mod journal;
+pub mod label;
 pub mod load;
 pub mod mount;
 pub mod paths;
@@ -40,6 +41,7 @@ pub use devices::{DeviceSpec, NodeDevice};
 pub use error::{ConfigError, Refusal, SpecError};
 pub use hooks::{HookSpec, HookSpecs};
 pub use journal::Decision;
+pub use label::Lsm;
 pub use load::{Kind, Loaded, LoadedProcess, PodIdentity, load, load_process};
 pub use mount::{
     Atime, IdMap, MountAttrs, MountFlags, MountKind, MountSpec, Propagation, PropagationKind,

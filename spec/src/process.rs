@@ -10,6 +10,7 @@ use crate::coverage::How;
 use crate::error::{Refusal, one_line};
 use crate::exec;
 use crate::journal::Journal;
+use crate::label;
 use crate::load::LoadedProcess;
 use crate::paths::plain_absolute;
 use crate::rules::{APPARMOR, ID, PROCESS, SELINUX};
@@ -280,17 +281,11 @@ pub(crate) fn check(
         console_size: process
             .console_size()
             .map(|b| (rows(b.height()), rows(b.width()))),
-        apparmor_profile: label(process.apparmor_profile().as_deref()),
-        selinux_label: label(process.selinux_label().as_deref()),
+        apparmor_profile: label::profile(process.apparmor_profile().as_deref()),
+        selinux_label: label::label(process.selinux_label().as_deref()),
         schedule: Schedule::default(),
         warnings: Vec::new(),
     })
-}
-
-/// An empty label and `unconfined` ask for nothing.
-fn label(text: Option<&str>) -> Option<String> {
-    text.filter(|t| !t.is_empty() && *t != "unconfined")
-        .map(str::to_owned)
 }
 
 /// `struct winsize` of ioctl_tty(2) has 16 bits.

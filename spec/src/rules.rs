@@ -115,11 +115,11 @@ rules! {
     APPARMOR = "apparmor",
         "this AppArmor profile can't be applied on this node",
         "a confinement that was asked for would be missing",
-        "Use the profile unconfined, or a node with AppArmor.";
+        "Use the profile unconfined, load this one (apparmor_parser), or use a node with AppArmor.";
     SELINUX = "selinux",
         "this SELinux label can't be applied on this node",
         "a confinement that was asked for would be missing",
-        "Remove seLinuxOptions, or use a node with SELinux.";
+        "Remove seLinuxOptions, or use a node with SELinux whose policy has this label.";
     UNSUPPORTED = "unsupported-field",
         "this field is refused: casemate doesn't apply it",
         "what it was to change would silently not be changed",

@@ -15,14 +15,15 @@ use crate::devices::{self, DeviceSpec, NodeDevice};
 use crate::error::{Refusal, one_line};
 use crate::hooks::{self, HookSpecs};
 use crate::journal::{Decision, Journal};
+use crate::label::{self, Lsm};
 use crate::load::{Loaded, PodIdentity};
 use crate::mount::{self, MountSpec, PropagationKind};
 use crate::paths::{plain, plain_absolute};
 use crate::process::{self, ProcessSpec};
 use crate::resources;
 use crate::rules::{
-    APPARMOR, CGROUP_PATH, HOST_IPC, HOST_MOUNT, HOST_NETWORK, HOST_PID, NAMESPACE_LIST, PATH,
-    PERSONALITY, PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, SELINUX, SYSCTL, UNSUPPORTED,
+    CGROUP_PATH, HOST_IPC, HOST_MOUNT, HOST_NETWORK, HOST_PID, NAMESPACE_LIST, PATH, PERSONALITY,
+    PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, SYSCTL, UNSUPPORTED,
 };
 use crate::schedule;
 use crate::users::{self, PodUsers};
@@ -32,10 +33,10 @@ use crate::users::{self, PodUsers};
 pub struct Context<'a> {
     /// The container's id: the default of `linux.cgroupsPath`.
     pub id: &'a str,
-    /// The node can confine by AppArmor profile.
-    pub apparmor: bool,
-    /// The node can confine by SELinux label.
-    pub selinux: bool,
+    /// The node can confine by the AppArmor profile asked for.
+    pub apparmor: Lsm<'a>,
+    /// The node can confine by the SELinux labels asked for.
+    pub selinux: Lsm<'a>,
     /// The node's devices at the paths of `devices.allow`.
     pub devices: &'a [NodeDevice],
     /// For a container of a pod: what the pod's own annotations say.
@@ -109,6 +110,8 @@ pub struct Tightened {
     pub clocks: Option<Vec<ClockOffset>>,
     /// Programs to run at turns of the container's life.
     pub hooks: HookSpecs,
+    /// `linux.mountLabel`: of the file systems that are made for the container.
+    pub mount_label: Option<String>,
     /// `linux.seccomp`, as written.
     pub seccomp: Option<Value>,
     /// `annotations`.
@@ -222,7 +225,7 @@ pub fn tighten(
         schedule,
         ..process
     };
-    labels(&process, linux, context)?;
+    let mount_label = label::check(&process, linux, context)?;
     personality(linux)?;
 
     let mut mounts = Vec::new();
@@ -287,6 +290,7 @@ pub fn tighten(
         root_path,
         resources,
         devices,
+        mount_label,
         seccomp,
         annotations,
         asked,
@@ -373,29 +377,6 @@ fn namespaces(linux: &Linux, allow: &Sandbox) -> Result<Namespaces, Refusal> {
         _ => return Err(Refusal::new(&CGROUP_PATH, "linux.namespaces", "")),
     }
     Ok(namespaces)
-}
-
-fn labels(process: &ProcessSpec, linux: &Linux, context: &Context<'_>) -> Result<(), Refusal> {
-    if let Some(profile) = process
-        .apparmor_profile
-        .as_deref()
-        .filter(|_| !context.apparmor)
-    {
-        return Err(Refusal::new(&APPARMOR, "process.apparmorProfile", profile));
-    }
-    if let Some(label) = process
-        .selinux_label
-        .as_deref()
-        .filter(|_| !context.selinux)
-    {
-        return Err(Refusal::new(&SELINUX, "process.selinuxLabel", label));
-    }
-    match linux.mount_label().as_deref() {
-        Some(label) if !label.is_empty() && !context.selinux => {
-            Err(Refusal::new(&SELINUX, "linux.mountLabel", label))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn personality(linux: &Linux) -> Result<(), Refusal> {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use casemate_spec::{Config, Context, NodeDevice, load, tighten};
+use casemate_spec::{Config, Context, Lsm, NodeDevice, load, tighten};
 use common::{CONTEXT, CTR_1_6, accepted, config, policy, with};
 use serde_json::{Value, json};
 
@@ -146,8 +146,8 @@ fn labels_pass_where_the_node_has_them() {
         ],
     );
     let node = Context {
-        apparmor: true,
-        selinux: true,
+        apparmor: Lsm::Takes,
+        selinux: Lsm::Takes,
         ..CONTEXT
     };
     let tightened = tighten(load(&bytes).unwrap(), &Config::default(), &node).unwrap();

@@ -78,8 +78,8 @@ fn features() -> serde_json::Value {
                 ],
                 "archs": ["SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64"]
             },
-            "apparmor": {"enabled": false},
-            "selinux": {"enabled": false},
+            "apparmor": {"enabled": true},
+            "selinux": {"enabled": true},
             "intelRdt": {"enabled": false},
             "mountExtensions": {"idmap": {"enabled": true}}
         }

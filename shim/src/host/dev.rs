@@ -9,6 +9,7 @@ use casemate_sys::mount::{self, NewFs, attr};
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 
 use super::Step;
+use crate::plan;
 use crate::sandbox::SandboxError;
 
 /// Name, minor of the memory devices and the terminal device every container has.
@@ -66,7 +67,10 @@ pub fn make(
     let fs = NewFs::open("tmpfs").step("make", "/dev")?;
     let mut sized = false;
     for (key, value) in options {
-        if let (true, Some(value)) = (["size", "mode", "nr_inodes"].contains(&&**key), value) {
+        if let (true, Some(value)) = (
+            ["size", "mode", "nr_inodes", plan::CONTEXT].contains(&&**key),
+            value,
+        ) {
             sized |= key == "size";
             fs.string(key, value).step("mount option of /dev:", key)?;
         }

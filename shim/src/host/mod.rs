@@ -8,6 +8,7 @@ pub mod dev;
 pub mod hooks;
 pub mod ids;
 pub mod lockdown;
+pub mod lsm;
 pub mod network;
 pub mod rootfs;
 pub mod scope;

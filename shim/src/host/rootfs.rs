@@ -29,6 +29,8 @@ pub struct Owner<'a> {
     pub root_id: u32,
     /// containerd knows that id: it was chosen by the kubelet.
     pub chosen: bool,
+    /// `linux.mountLabel`.
+    pub label: Option<&'a str>,
 }
 
 /// With which ids the files are on disk.
@@ -125,6 +127,9 @@ fn bind(
     attributes: u64,
 ) -> Result<OwnedFd, SandboxError> {
     let object = source.display().to_string();
+    if let Some(label) = owner.label {
+        log::warn!("linux.mountLabel {label}: {object} is a bind mount, and keeps its labels");
+    }
     let tree = clone_tree(CWD, source, false, true).step("open rootfs", &object)?;
     let shifted = match files {
         Files::Plain => false,
@@ -185,6 +190,7 @@ mod tests {
             userns: &userns,
             root_id: 65536,
             chosen,
+            label: None,
         };
         let say = |chosen, options: &[&str]| {
             let options: Vec<String> = options.iter().map(|o| (*o).to_owned()).collect();

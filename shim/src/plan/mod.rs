@@ -13,6 +13,9 @@ use casemate_sys::mount::attr;
 
 use crate::sandbox::SandboxError;
 
+/// The mount option that gives all files one label.
+pub const CONTEXT: &str = "context";
+
 /// What the shim has to make for one entry of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Staged {
@@ -95,7 +98,8 @@ pub fn container(
             }
             MountKind::Tmpfs if mount.destination == "/dev" => {
                 has_dev = true;
-                let what = Staged::Dev(mount.flags.data.clone(), attributes, spec.devices.clone());
+                let data = labelled(mount.flags.data.clone(), spec);
+                let what = Staged::Dev(data, attributes, spec.devices.clone());
                 stage("dev".into(), what, true, false)
             }
             MountKind::Sysfs => stage("sys".into(), Staged::Sysfs, true, false),
@@ -103,8 +107,8 @@ pub fn container(
             MountKind::Cgroup => new("cgroup2", Vec::new()),
             MountKind::Proc => new("proc", Vec::new()),
             MountKind::Mqueue => new("mqueue", Vec::new()),
-            MountKind::Tmpfs => new("tmpfs", tmpfs_options(&mount.flags.data)),
-            MountKind::Devpts => new("devpts", devpts_options(&mount.flags.data)),
+            MountKind::Tmpfs => new("tmpfs", labelled(tmpfs_options(&mount.flags.data), spec)),
+            MountKind::Devpts => new("devpts", labelled(devpts_options(&mount.flags.data), spec)),
         };
         mounts.push(Mount {
             target: mount.destination.clone(),
@@ -120,7 +124,11 @@ pub fn container(
             0,
             (
                 "dev".into(),
-                Staged::Dev(Vec::new(), attr::STRICTATIME, spec.devices.clone()),
+                Staged::Dev(
+                    labelled(Vec::new(), spec),
+                    attr::STRICTATIME,
+                    spec.devices.clone(),
+                ),
             ),
         );
         let source = MountSource::Staged {
@@ -215,6 +223,17 @@ fn tmpfs_options(data: &[(String, Option<String>)]) -> Vec<(String, Option<Strin
         .collect()
 }
 
+/// With `linux.mountLabel`, for the types that SELinux lets be labelled in a
+/// user namespace.
+fn labelled(
+    mut options: Vec<(String, Option<String>)>,
+    spec: &Tightened,
+) -> Vec<(String, Option<String>)> {
+    let label = spec.mount_label.clone();
+    options.extend(label.map(|label| (CONTEXT.to_owned(), Some(label))));
+    options
+}
+
 fn devpts_options(data: &[(String, Option<String>)]) -> Vec<(String, Option<String>)> {
     let mut options: BTreeMap<String, Option<String>> = BTreeMap::new();
     options.insert("ptmxmode".into(), Some("0666".into()));
@@ -302,6 +321,8 @@ pub fn process(spec: &ProcessSpec, filter: &(Vec<u8>, u32)) -> ProcessPlan {
         keep_for_filter: own_filter(spec) && !filter.0.is_empty(),
         drop_bounding: 0,
         no_new_privs: spec.no_new_privs,
+        apparmor: spec.apparmor_profile.clone().unwrap_or_default(),
+        selinux: spec.selinux_label.clone().unwrap_or_default(),
     }
 }
 

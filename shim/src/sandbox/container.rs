@@ -424,6 +424,12 @@ impl Container {
             .await?
         {
             Reply::Started => {
+                verify::labels(
+                    (self.init_pid, &self.init),
+                    self.forker_pid,
+                    &self.spec.process,
+                )
+                .inspect_err(|_| self.cut_off())?;
                 // Not on the way to the answer: later, when nothing is going on.
                 tokio::spawn(async {
                     tokio::time::sleep(SETTLED).await;
@@ -502,6 +508,10 @@ impl Container {
                 Err(error) => Err(error),
             };
             gone.inspect_err(|_| drop(process::signal(&spawned.pidfd, KILL)))?;
+        }
+        if spawned.pid != 0 {
+            verify::labels((spawned.pid, &spawned.pidfd), self.forker_pid, &spec)
+                .inspect_err(|_| self.cut_off())?;
         }
         Ok(spawned)
     }

@@ -32,7 +32,7 @@ use crate::host::hooks::Runner;
 use crate::host::ids::{DIRECTORY, IdRange};
 use crate::host::network::Network;
 use crate::host::staging::Staging;
-use crate::host::{Step, dev, userns};
+use crate::host::{Step, dev, lsm, userns};
 use crate::plan;
 use leftovers::Leftovers;
 
@@ -260,10 +260,13 @@ fn tightened(
     let invalid = |e: String| SandboxError::Invalid(e);
     let loaded = casemate_spec::load(bytes).map_err(|e| invalid(e.to_string()))?;
     let devices = dev::at(&config.devices.allow);
+    let answers = lsm::Answers::to(&casemate_spec::label::asked(&loaded.spec));
     let context = Context {
         id,
         devices: &devices,
         pod,
+        apparmor: answers.apparmor(),
+        selinux: answers.selinux(),
         ..Context::default()
     };
     let spec = casemate_spec::tighten(loaded, config, &context)?;

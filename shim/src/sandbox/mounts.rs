@@ -31,6 +31,7 @@ pub fn stage(
             userns: &pod.userns,
             root_id: pod.range.container_root(),
             chosen: pod.users.is_some(),
+            label: spec.mount_label.as_deref(),
         },
         flags,
         (&pod.staging, pod.config.kernel.older_ways),

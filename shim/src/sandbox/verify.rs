@@ -13,6 +13,7 @@ use casemate_spec::ProcessSpec;
 use super::namespaces::identity_of;
 use super::{SandboxError, pause};
 use crate::bootstrap::proc;
+use crate::host::lsm;
 
 /// The host pid behind a pidfd that came from inside, which must be of a child
 /// of `parent`: whoever sent it could have sent a descriptor of the shim itself
@@ -76,6 +77,50 @@ pub fn init(
     } else {
         Err(unlike("cgroup", "another", "the container's"))
     }
+}
+
+/// Checks that a process which has passed execve took its labels on with it. A
+/// policy may have moved it on since; what it can't be any more is what its
+/// forker is.
+pub fn labels(
+    (pid, pidfd): (u32, &OwnedFd),
+    forker: u32,
+    spec: &ProcessSpec,
+) -> Result<(), SandboxError> {
+    const FILES: [&str; 2] = ["apparmor/current", "current"];
+    for (field, wanted, files) in [
+        (
+            "process.apparmorProfile",
+            &spec.apparmor_profile,
+            &FILES[..],
+        ),
+        ("process.selinuxLabel", &spec.selinux_label, &FILES[1..]),
+    ] {
+        let Some(wanted) = wanted else { continue };
+        let of = |pid: u32| {
+            let read = |file| std::fs::read_to_string(format!("/proc/{pid}/attr/{file}")).ok();
+            let label = files.iter().find_map(read);
+            label.map(|text| text.trim_end_matches(['\0', '\n']).to_owned())
+        };
+        let is = of(pid);
+        let taken = is.as_deref().is_some_and(|is| has_label(is, wanted));
+        let moved_on = is.is_some() && of(forker).is_some_and(|of| Some(of) != is);
+        // Of a process that is no more there is nothing to say.
+        if !taken && !moved_on && !proc::poll_in(pidfd, Duration::ZERO).unwrap_or(true) {
+            return Err(SandboxError::Failed(format!(
+                "{field} {wanted} is not in force and the process was killed: it is {}; see the \
+                 kernel's log for audit messages of AppArmor or SELinux",
+                is.as_deref().unwrap_or("unknown"),
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a label is, or has in its stack, the one that was asked for.
+fn has_label(is: &str, wanted: &str) -> bool {
+    let name = lsm::split_mode(is).map_or(is, |(name, _)| name);
+    is == wanted || lsm::parts(wanted).all(|part| lsm::parts(name).any(|is| is == part))
 }
 
 /// Checks that init is where it was to join others.
@@ -163,7 +208,7 @@ fn check(status: &str, root: u32, spec: &ProcessSpec, kept: u64) -> Result<(), S
 
 #[cfg(test)]
 mod tests {
-    use super::{check, inside};
+    use super::{check, has_label, inside};
     use std::path::Path;
 
     use casemate_spec::{Config, Context};
@@ -213,6 +258,18 @@ mod tests {
             assert!(error.contains(named), "{error}");
         }
         assert!(check("", 1001, &spec, 0).is_err());
+    }
+
+    #[test]
+    fn labels_are_known_in_stacks_and_with_modes() {
+        assert!(has_label("web (enforce)", "web"));
+        assert!(has_label("a//&web//&b (mixed)", "web"));
+        assert!(has_label("b//&a (enforce)", "a//&b"));
+        assert!(has_label("u:r:t:s0", "u:r:t:s0"));
+        for other in ["unconfined", "webs (enforce)", "", "a (enforce)"] {
+            assert!(!has_label(other, "web"), "{other}");
+        }
+        assert!(!has_label("a (enforce)", "a//&b"));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use casemate_spec::{Config, Context, RULES, Refusal, Tightened, load, tighten};
+use casemate_spec::{Config, Context, Lsm, RULES, Refusal, Tightened, load, tighten};
 use serde_json::Value;
 
 /// Rules that begin so have their cases in test programs of their own.
@@ -24,8 +24,8 @@ pub const MAXIMAL: &[u8] = include_bytes!("../data/maximal.json");
 
 pub const CONTEXT: Context<'static> = Context {
     id: "c1",
-    apparmor: false,
-    selinux: false,
+    apparmor: Lsm::Missing,
+    selinux: Lsm::Missing,
     devices: &[],
     pod: None,
     profiles: &[],

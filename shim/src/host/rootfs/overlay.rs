@@ -12,6 +12,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 
 use super::{Files, Owner, Step, explain_idmap, map, refuse};
 use crate::host::staging::Staging;
+use crate::plan;
 use crate::sandbox::SandboxError;
 
 /// Options of overlayfs that images and snapshotters need; all others are refused.
@@ -37,12 +38,17 @@ struct Layers {
     other: Vec<(String, Option<String>)>,
 }
 
-fn parse(options: &[String]) -> Result<Layers, SandboxError> {
+/// `label` is `linux.mountLabel`, which containerd names once more as
+/// `context="…"`.
+fn parse(options: &[String], label: Option<&str>) -> Result<Layers, SandboxError> {
     let mut layers = Layers {
         lower: Vec::new(),
         upper: None,
         work: None,
-        other: Vec::new(),
+        other: label
+            .map(|label| (plan::CONTEXT.to_owned(), Some(label.to_owned())))
+            .into_iter()
+            .collect(),
     };
     for option in options {
         let (key, value) = match option.split_once('=') {
@@ -56,6 +62,7 @@ fn parse(options: &[String]) -> Result<Layers, SandboxError> {
             ("ro" | "rw" | "defaults", None) => {}
             // What they say of the files has been read.
             ("uidmap" | "gidmap", Some(_)) => {}
+            (plan::CONTEXT, Some(value)) if Some(value.trim_matches('"')) == label => {}
             (key, value) if OVERLAY_OPTIONS.contains(&key) => {
                 layers
                     .other
@@ -81,7 +88,7 @@ pub fn make(
     staging: &Staging,
     older_ways: bool,
 ) -> Result<OwnedFd, SandboxError> {
-    let layers = parse(options)?;
+    let layers = parse(options, owner.label)?;
     let trees = Trees::open(&layers, owner.userns, files)?;
     let wants_ro = options.iter().any(|o| o == "ro");
     let attributes = attributes | if wants_ro { attr::RDONLY } else { 0 };
@@ -394,11 +401,11 @@ mod tests {
 
     #[test]
     fn unknown_overlay_options_are_refused_by_name() {
-        let Err(e) = parse(&["lowerdir=/a".into(), "frobnicate=1".into()]) else {
+        let Err(e) = parse(&["lowerdir=/a".into(), "frobnicate=1".into()], None) else {
             panic!()
         };
         assert!(e.to_string().contains("frobnicate=1"), "{e}");
-        assert!(parse(&["upperdir=/a".into()]).is_err());
-        assert!(parse(&["lowerdir=/a".into(), "upperdir=/b".into()]).is_err());
+        assert!(parse(&["upperdir=/a".into()], None).is_err());
+        assert!(parse(&["lowerdir=/a".into(), "upperdir=/b".into()], None).is_err());
     }
 }
