@@ -26,7 +26,8 @@ modules="virtio_pci virtio_blk ext4 overlay virtio_rng veth bridge tun loop"
 # Programs that the root has, with their libraries.
 programs="bash sh containerd ctr containerd-shim-runc-v2 runc ip setsid mount umount
   cat ls ps sed grep awk sleep mkdir rm cp mv ln chmod chown env id uname dmesg
-  unshare setpriv head tail timeout true false kill stat readlink tar gzip find mkfifo"
+  unshare setpriv head tail timeout true false kill stat readlink tar gzip find mkfifo tr
+  apparmor_parser secilc"
 
 say() { echo "vm: $*" >&2; }
 
@@ -131,6 +132,18 @@ if [ -n "${VM_SYSTEMD:-}" ] && [ ! -e "$system/ready" ]; then
   touch "$system/ready"
 fi
 
+# What loads profiles and policies of security modules, for this machine's libraries.
+tools=$dir/tools
+if [ ! -e "$tools/ready" ]; then
+  rm -rf "$tools"
+  mkdir -p "$tools/root"
+  debian_suites "$dir/apt-$debian_codename" "$debian_codename" >&2
+  for package in apparmor secilc; do
+    debian_fetch "$package" "$debian_codename" "$tools/root" >&2
+  done
+  touch "$tools/ready"
+fi
+
 run=$(mktemp -d "${TMPDIR:-/tmp}/vm.XXXXXX")
 qemu=
 trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null; rm -rf "$run"' EXIT
@@ -159,7 +172,7 @@ for name in bin sbin lib lib64; do ln -s "usr/$name" "$tree/$name"; done
 chmod 1777 "$tree/tmp"
 cp "$busybox" "$tree/bin/busybox"
 for name in $programs; do
-  file=$(type -P "$name") || continue
+  file=$(PATH=$PATH:$tools/root/sbin:$tools/root/usr/bin type -P "$name") || continue
   file=$(realpath "$file")
   cp "$file" "$tree/bin/$name"
   ldd "$file" 2>/dev/null | grep -oE '/[^ ]+' | while read -r library; do
@@ -206,7 +219,7 @@ say "booting $suite"
 timeout "${VM_SECONDS:-900}" qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu max \
   -smp "${VM_CPUS:-1}" -m 3072 -nodefaults -display none -no-reboot -serial "file:$run/console" \
   -kernel "$kernel/vmlinuz" -initrd "$run/initrd" \
-  -append "console=ttyS0 quiet panic=-1 lsm=landlock,lockdown,yama,integrity systemd.unit=vm.target systemd.show_status=0 ${VM_APPEND:-}" \
+  -append "console=ttyS0 quiet panic=-1 lsm=landlock,lockdown,yama,integrity,apparmor systemd.unit=vm.target systemd.show_status=0 ${VM_APPEND:-}" \
   -drive "file=$run/disk,format=raw,if=virtio,cache=unsafe" -device virtio-rng-pci \
   </dev/null &
 qemu=$!

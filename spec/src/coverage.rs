@@ -177,7 +177,7 @@ static TABLE: &[Coverage] = &[
     Coverage {
         field: "process.apparmorProfile",
         how: How::Applied,
-        note: "refused where the node has no AppArmor, but for unconfined",
+        note: "taken on with execve; refused where the node has no AppArmor or hasn't loaded it, but for unconfined",
         rule: Some(&APPARMOR),
         subtree: false,
     },
@@ -185,7 +185,7 @@ static TABLE: &[Coverage] = &[
     Coverage {
         field: "process.selinuxLabel",
         how: How::Applied,
-        note: "refused where the node has no SELinux",
+        note: "taken on with execve; refused where the node has no SELinux or its policy no such label",
         rule: Some(&SELINUX),
         subtree: false,
     },
@@ -295,7 +295,7 @@ static TABLE: &[Coverage] = &[
     Coverage {
         field: "linux.mountLabel",
         how: How::Applied,
-        note: "refused where the node has no SELinux",
+        note: "of the overlay, tmpfs and devpts of a container; else as process.selinuxLabel",
         rule: Some(&SELINUX),
         subtree: false,
     },

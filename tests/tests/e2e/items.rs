@@ -27,8 +27,6 @@ crate::trials![
     c127_default_seccomp_profile_of_containerd,
     c128_set_uid_gains_where_it_may,
     c129_no_new_privileges,
-    c130_apparmor_is_applied_or_refused,
-    c131_selinux_is_applied_or_refused,
     c132_capabilities_known_and_unknown,
     c133_device_rules,
     c134_oom_score_of_the_container_alone,
@@ -167,47 +165,6 @@ fn c129_no_new_privileges() -> Outcome {
             Some("1"),
             "{config}"
         );
-    }
-    Ok(())
-}
-
-fn has(lsm: &str) -> bool {
-    fs::read_to_string("/sys/kernel/security/lsm")
-        .is_ok_and(|list| list.trim().split(',').any(|name| name == lsm))
-}
-
-fn c130_apparmor_is_applied_or_refused() -> Outcome {
-    casemate_only()?;
-    if has("apparmor") {
-        return skip("this kernel has AppArmor, for which nothing is written yet");
-    }
-    let mut task = Task::new("c130", &["/bin/true"])?;
-    task.spec["process"]["apparmorProfile"] = json!("cri-containerd.apparmor.d");
-    expect(
-        task,
-        &[
-            "process.apparmorProfile",
-            "cri-containerd.apparmor.d",
-            "unconfined",
-        ],
-    )?;
-    let mut task = Task::new("c130", &["/bin/true"])?;
-    task.spec["process"]["apparmorProfile"] = json!("unconfined");
-    says(task).map(drop)
-}
-
-fn c131_selinux_is_applied_or_refused() -> Outcome {
-    casemate_only()?;
-    if has("selinux") {
-        return skip("this kernel has SELinux, for which nothing is written yet");
-    }
-    for (section, key) in [("process", "selinuxLabel"), ("linux", "mountLabel")] {
-        let mut task = Task::new("c131", &["/bin/true"])?;
-        task.spec[section][key] = json!("system_u:system_r:container_t:s0");
-        expect(
-            task,
-            &[&format!("{section}.{key}"), "container_t", "SELinux"],
-        )?;
     }
     Ok(())
 }

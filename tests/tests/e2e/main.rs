@@ -33,6 +33,7 @@ mod locks;
 mod locks_pod;
 mod logfile;
 mod loggers;
+mod lsm;
 mod oci;
 mod operator;
 mod pause;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
         trees::trials(),
         limits::trials(),
         locks::trials(),
+        lsm::trials(),
         locks_pod::trials(),
         hooks::trials(),
         pods::trials(),
