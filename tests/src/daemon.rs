@@ -118,6 +118,23 @@ impl Daemon {
         let _ = child.wait();
     }
 
+    /// Sends the daemon a signal.
+    pub fn signal(&self, signal: Signal) {
+        if let Ok(slot) = self.running.lock()
+            && let Some((_, identity)) = &*slot
+        {
+            procs::signal(identity.pid, signal);
+        }
+    }
+
+    /// Kills the daemon, as a crash would, and only it.
+    pub fn crash(&self) {
+        if let Some((mut child, _)) = self.running.lock().ok().and_then(|mut s| s.take()) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
     /// Ends all tasks of all namespaces, stops the daemon, removes its files.
     pub fn stop(&self) {
         let namespaces = self

@@ -26,19 +26,33 @@ pub struct Traces {
     socket: PathBuf,
 }
 
+/// A configuration with a range of host ids that nobody else has.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The first of them.
+    pub base: u32,
+    /// The file.
+    pub text: String,
+}
+
+impl Config {
+    /// Another one.
+    pub fn next() -> Self {
+        // Other runs of these tests may be going on: begin elsewhere than they.
+        let place = (std::process::id() % 64 * 64 + NEXT.fetch_add(1, Ordering::Relaxed)) % 4096;
+        let base = BASE + place * SIZE;
+        let text = format!("[ids]\nbase = {base}\ncount = 1\nsize = {SIZE}\n");
+        Self { base, text }
+    }
+}
+
 impl Traces {
     /// Gives `task` a range of host ids and a parent cgroup of its own, so that
     /// nothing of it can be mistaken for somebody else's.
     pub fn of(task: &mut Task) -> Result<Self> {
-        // Other runs of these tests may be going on: begin elsewhere than they.
-        let place = (std::process::id() % 64 * 64 + NEXT.fetch_add(1, Ordering::Relaxed)) % 4096;
-        let base = BASE + place * SIZE;
+        let Config { base, text } = Config::next();
         let config = World::get()?.dir().join(format!("{}.toml", task.id));
-        fs::write(
-            &config,
-            format!("[ids]\nbase = {base}\ncount = 1\nsize = {SIZE}\n"),
-        )
-        .map_err(file("write", &config))?;
+        fs::write(&config, text).map_err(file("write", &config))?;
         task.shim
             .env
             .push(("CASEMATE_CONFIG".to_owned(), config.display().to_string()));
@@ -49,6 +63,15 @@ impl Traces {
             base,
             socket: socket.trim_start_matches("unix://").into(),
         })
+    }
+
+    /// Of a task of somebody else's making, whose shim has that configuration.
+    pub fn of_other(id: &str, config: &Config, socket: PathBuf) -> Self {
+        Self {
+            id: id.to_owned(),
+            base: config.base,
+            socket,
+        }
     }
 
     /// All of them, now.

@@ -100,9 +100,7 @@ pub fn start(
         };
         let _ = told.send((child.stdout.take(), child.stderr.take()));
         let pid = child.id();
-        let stopped = || state(pid) == Some('T');
-        until("a shell to stop", Duration::from_secs(10), stopped)?;
-        Tracer::new(pid).run(&mut decide)
+        follow(pid, &mut decide)
     });
     let pipes = tell
         .recv()
@@ -118,6 +116,14 @@ pub fn start(
         all
     });
     Ok(Traced { output, tracer })
+}
+
+/// Steps through a `start` that somebody else runs, once its shell has stopped
+/// itself; the number of steps seen.
+pub fn follow(shell: u32, decide: &mut dyn FnMut(&Step) -> Then) -> Result<usize> {
+    let stopped = || state(shell) == Some('T');
+    until("a shell to stop", Duration::from_secs(10), stopped)?;
+    Tracer::new(shell).run(decide)
 }
 
 fn state(pid: u32) -> Option<char> {

@@ -7,7 +7,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use futures::{Stream, StreamExt};
@@ -32,8 +31,10 @@ use crate::service;
 
 /// How long events may still be handed over before the shim ends.
 const DRAIN: Duration = Duration::from_secs(5);
-/// containerd connects as soon as `start` has answered. A shim that nobody has
-/// connected to by then is one whose `start` was killed: nobody knows of it.
+/// containerd asks for a container as soon as `start` has answered, and for the
+/// shim's end after the last one. A shim without any by then is one that nobody
+/// knows of: its `start` or its daemon was killed. (1.6 connects to what its
+/// predecessor left, and no more.)
 const WANTED_WITHIN: Duration = Duration::from_secs(30);
 /// For the reply to Shutdown to leave: the one thread runs all that is ready,
 /// the connection's writer among it, before it looks at timers.
@@ -195,8 +196,7 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
     let listener = UnixListener::from_std(prepared.listener)
         .map_err(|error| format!("watch the listening socket: {error}"))?;
     // ttrpc panics at its end when this stream can end.
-    let wanted = Arc::new(AtomicBool::new(false));
-    let connections = connections(listener, wanted.clone()).chain(futures::stream::pending());
+    let connections = connections(listener).chain(futures::stream::pending());
     let mut server = Server::new()
         .register_service(service::services(pod.clone(), sandbox::has_api()))
         .add_listener(Listener::new(connections));
@@ -209,7 +209,9 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
 
     tokio::select! {
         () = pod.may_leave() => {}
-        () = unwanted(wanted) => log::warn!("pod {}: nobody connects: leaving", prepared.pod_id),
+        () = pod.unused_for(WANTED_WITHIN) => {
+            log::warn!("pod {}: nobody wants a container: leaving", prepared.pod_id);
+        }
         _ = terminate.recv() => pod.end_all().await,
         _ = interrupt.recv() => pod.end_all().await,
     }
@@ -220,29 +222,16 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
     Ok(())
 }
 
-/// Resolves when nobody has connected for too long.
-async fn unwanted(wanted: Arc<AtomicBool>) {
-    tokio::time::sleep(WANTED_WITHIN).await;
-    if wanted.load(Ordering::Relaxed) {
-        futures::future::pending::<()>().await;
-    }
-}
-
 /// Accepted connections of our own user; anybody else is hung up on.
-fn connections(
-    listener: UnixListener,
-    wanted: Arc<AtomicBool>,
-) -> impl Stream<Item = io::Result<UnixStream>> + Send {
+fn connections(listener: UnixListener) -> impl Stream<Item = io::Result<UnixStream>> + Send {
     // Given up for a moment where none is left: who connects is then hung up on,
     // and doesn't wait for an answer that nobody will give.
     let spare = null().ok();
-    let state = (listener, wanted, spare);
-    futures::stream::unfold(state, |(listener, wanted, mut spare)| async move {
+    futures::stream::unfold((listener, spare), |(listener, mut spare)| async move {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) if is_same_user(&stream) => {
-                    wanted.store(true, Ordering::Relaxed);
-                    return Some((Ok(stream), (listener, wanted, spare)));
+                    return Some((Ok(stream), (listener, spare)));
                 }
                 Ok(_) => log::warn!("connection of another user refused"),
                 Err(error) if spare.take().is_some() => {

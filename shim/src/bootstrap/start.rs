@@ -53,8 +53,11 @@ pub fn run(flags: &Flags) -> Result<(), String> {
         socket::write_address(&bundle, &address)
             .map_err(|error| format!("write {}/address: {error}", bundle.display()))?;
         let answer = Answer::choose(&stdin, &spec, daemon::major()).encode(&address)?;
-        io::stdout()
+        let mut stdout = io::stdout();
+        // It is no line: nobody would hear of it, nor of an error, before the end.
+        stdout
             .write_all(&answer)
+            .and_then(|()| stdout.flush())
             .map_err(|error| format!("print the address: {error}"))
     };
     match claim {

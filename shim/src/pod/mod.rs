@@ -11,7 +11,7 @@ pub mod task;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::watch;
 
@@ -43,6 +43,8 @@ pub struct Pod {
     /// Held by whoever ends the sandbox.
     ending: tokio::sync::Mutex<()>,
     leave: watch::Sender<bool>,
+    /// Whether there is, or is being made, anything that a daemon would miss.
+    used: watch::Sender<bool>,
 }
 
 /// What stands behind the pod.
@@ -71,6 +73,9 @@ struct Book {
     lost: bool,
     /// No new containers: the shim is going.
     closed: bool,
+    /// Shutdown came with no container but those that are being made: whoever
+    /// asked for them is gone.
+    deserted: bool,
 }
 
 /// An id that is being created; gives it back unless a task takes it.
@@ -93,6 +98,7 @@ impl Pod {
             life: watch::Sender::new(Life::Awaited),
             ending: tokio::sync::Mutex::new(()),
             leave: watch::Sender::new(false),
+            used: watch::Sender::new(false),
         })
     }
 
@@ -173,6 +179,7 @@ impl Pod {
                 false
             }
         });
+        self.note_use();
         answer
     }
 
@@ -209,6 +216,8 @@ impl Pod {
         if book.tasks.contains_key(id) || !book.creating.insert(id.to_owned()) {
             return Err(ShimError::AlreadyExists(format!("container {id:?} exists")));
         }
+        drop(book);
+        self.note_use();
         Ok(Reservation {
             pod: self.clone(),
             id: id.to_owned(),
@@ -219,6 +228,7 @@ impl Pod {
     pub fn remove(&self, task: &Task) {
         self.write_off(task);
         self.book().tasks.remove(&task.id);
+        self.note_use();
         self.leave_if_idle();
     }
 
@@ -243,7 +253,15 @@ impl Pod {
             log::debug!("pod {}: kept for its sandbox", self.id);
             return;
         }
-        self.book().shutdown = true;
+        {
+            let mut book = self.book();
+            book.shutdown = true;
+            if book.tasks.is_empty() {
+                // As for a Create that comes a moment later.
+                book.closed = true;
+                book.deserted = true;
+            }
+        }
         self.leave_if_idle();
     }
 
@@ -253,6 +271,38 @@ impl Pod {
             book.closed = true;
             drop(book);
             self.leave.send_replace(true);
+        }
+    }
+
+    /// Whether a container that has just been made is to be undone.
+    pub fn is_deserted(&self) -> bool {
+        self.book().deserted
+    }
+
+    fn note_use(&self) {
+        self.used.send_if_modified(|used| {
+            let book = self.book();
+            let now =
+                self.life() != Life::Awaited || !book.tasks.is_empty() || !book.creating.is_empty();
+            std::mem::replace(used, now) != now
+        });
+    }
+
+    /// Resolves when the pod has been without containers for that long: then it
+    /// takes none any more.
+    pub async fn unused_for(&self, time: Duration) {
+        let mut used = self.used.subscribe();
+        // Its sender lives in `self`.
+        while used.wait_for(|used| !*used).await.is_ok() {
+            let again = used.wait_for(|used| *used);
+            if tokio::time::timeout(time, again).await.is_ok() {
+                continue;
+            }
+            let mut book = self.book();
+            if book.tasks.is_empty() && book.creating.is_empty() {
+                book.closed = true;
+                return;
+            }
         }
     }
 
@@ -293,6 +343,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.pod.book().creating.remove(&self.id);
+        self.pod.note_use();
         self.pod.leave_if_idle();
     }
 }

@@ -63,6 +63,18 @@ pub async fn create(
     } else {
         make(&pod, &sandbox, &request, &bundle, paths).await
     };
+    let made = match made {
+        Ok((kind, _)) if pod.is_deserted() => {
+            if let Kind::Real(container) = kind {
+                container.destroy().await;
+            }
+            Err(ShimError::Unavailable(format!(
+                "create container {:?}: the shim is shutting down",
+                request.id
+            )))
+        }
+        made => made,
+    };
     let (kind, init) = match made {
         Ok(made) => made,
         Err(error) => {

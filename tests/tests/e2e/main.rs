@@ -20,6 +20,7 @@ mod exec_io;
 mod exec_joins;
 mod faults;
 mod faults_crowd;
+mod faults_daemon;
 mod faults_wedge;
 mod hooks;
 mod hostile;
@@ -118,6 +119,7 @@ fn main() -> ExitCode {
         volumes_later::trials(),
         faults_wedge::trials(),
         faults_crowd::trials(),
+        faults_daemon::trials(),
     ]
     .into_iter()
     .flatten()
