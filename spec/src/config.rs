@@ -5,6 +5,7 @@
 
 mod annotations;
 mod exec;
+mod network;
 
 use std::fs;
 use std::io;
@@ -18,6 +19,7 @@ use crate::paths::plain_absolute;
 
 pub use annotations::Annotations;
 pub use exec::{Exec, ExecPolicy, ExecUsers};
+pub use network::{Metadata, Network, WithoutNftables};
 
 /// Where the configuration is unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/casemate/config.toml";
@@ -45,6 +47,8 @@ pub struct Config {
     pub hooks: Hooks,
     /// Binds of the host's files.
     pub volumes: Volumes,
+    /// Networks of pods.
+    pub network: Network,
     /// Which of the kernel's ways to take.
     pub kernel: Kernel,
     /// The shim's own log.
@@ -414,6 +418,7 @@ impl Config {
                 }
             }
         }
+        self.network.check()?;
         if !(1..=3600).contains(&self.hooks.timeout) {
             return invalid(
                 "hooks.timeout",

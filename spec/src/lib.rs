@@ -24,6 +24,7 @@ mod journal;
 pub mod label;
 pub mod load;
 pub mod mount;
+pub mod network_rules;
 pub mod paths;
 pub mod process;
 mod resources;

@@ -28,6 +28,14 @@ rules! {
         "the host's network is refused in this sandbox",
         "the node's network reaches its metadata service, kubelet and every local socket",
         "Remove hostNetwork, or set sandbox.allow_host_network in the node's configuration.";
+    HOST_NETWORK_LISTS = "host-network-lists",
+        "lists of connections are refused on the host's network",
+        "the host's network filters are the node's own, and nobody's else to change",
+        "Remove hostNetwork, or the annotation.";
+    NETWORK_LIST = "network-list",
+        "this list of connections makes no sense",
+        "a list that isn't understood would hold nothing",
+        "Write none, or CIDR:port[/protocol] with commas between, as 10.0.0.0/8:443, [2001:db8::]/32:8000-8999/tcp or 192.0.2.7:*, and cluster-dns for egress.";
     HOST_PID = "host-pid",
         "the host's processes are refused in this sandbox",
         "the host's /proc shows what the node and other pods run, and no setting changes that",

@@ -5,6 +5,7 @@ pub mod agent;
 pub mod cgroup_view;
 pub mod descriptors;
 pub mod dev;
+pub mod guard;
 pub mod hooks;
 pub mod ids;
 pub mod lockdown;

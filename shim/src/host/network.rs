@@ -12,6 +12,7 @@ use casemate_sys::namespace::{self, kind};
 use rustix::fs::{Mode, OFlags};
 
 use super::Step;
+use super::guard::Guard;
 use super::ids::CONTAINER_IDS;
 use super::users::same;
 use crate::sandbox::SandboxError;
@@ -32,12 +33,14 @@ fn open_ns(path: &str) -> Result<OwnedFd, SandboxError> {
 impl Network {
     /// Makes or opens the namespace and prepares it for containers whose root
     /// is host id `container_root`. `sysctls` are the spec's `net.*`; `pinned` is
-    /// a user namespace that a given one may belong to, beside the host's.
+    /// a user namespace that a given one may belong to, beside the host's. `guard`
+    /// is for what isn't the host's.
     pub fn prepare(
         wanted: &Namespace,
         pinned: Option<&OwnedFd>,
         container_root: u32,
         sysctls: &[(&str, &str)],
+        guard: &Guard,
     ) -> Result<Network, SandboxError> {
         let host = open_ns("/proc/self/ns/net")?;
         let namespace = match wanted {
@@ -60,7 +63,13 @@ impl Network {
             }
         };
         let new = matches!(wanted, Namespace::New);
-        let prepared = set_up(namespace.is_some(), new, container_root, sysctls);
+        let prepared =
+            set_up(namespace.is_some(), new, container_root, sysctls).and_then(|sysfs| {
+                if namespace.is_some() {
+                    guard.install(new)?;
+                }
+                Ok(sysfs)
+            });
         back(&host);
         Ok(Network {
             namespace,

@@ -28,6 +28,7 @@ use tokio::io::Interest;
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::bootstrap::proc;
 use crate::host::agent::{self, Agent};
+use crate::host::guard::Guard;
 use crate::host::hooks::Runner;
 use crate::host::ids::{DIRECTORY, IdRange};
 use crate::host::network::Network;
@@ -326,11 +327,13 @@ impl Sandbox {
             .filter(|(name, _)| name.starts_with("net."))
             .map(|(name, value)| (name.as_str(), value.as_str()))
             .collect();
+        let guard = Guard::of(&spec, &config.network, files.as_ref())?;
         let network = Network::prepare(
             &spec.namespaces.network,
             chosen.as_ref().and_then(users::Chosen::pinned),
             range.container_root(),
             &sysctls,
+            &guard,
         )?;
         let staging = Staging::new()?;
         let shared = files

@@ -1,0 +1,232 @@
+//! Rules in real network namespaces. Needs root.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use casemate_netguard::{Ports, Protocol, Rules, Target, counters, install};
+use casemate_sys::namespace::{self, kind};
+
+/// Two namespaces and a wire between: `inside` runs with 192.0.2.2 and
+/// 2001:db8::2 there, `outside` with .1 here.
+fn with_wire(test: impl FnOnce(&dyn Fn(&mut dyn FnMut())) + Send + 'static) {
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: needs root");
+        return;
+    }
+    std::thread::spawn(move || {
+        namespace::unshare(kind::NET).unwrap();
+        let host = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+        namespace::unshare(kind::NET).unwrap();
+        let pod = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
+        let to = |ns: &std::fs::File| namespace::enter(ns, kind::NET).unwrap();
+        let ip = |line: &str| {
+            let status = Command::new("ip").args(line.split(' ')).status().unwrap();
+            assert!(status.success(), "ip {line}");
+        };
+        namespace::loopback_up().unwrap();
+        to(&host);
+        namespace::loopback_up().unwrap();
+        // The other end lands where a process of that namespace is: a sleeper.
+        to(&pod);
+        let mut sleeper = Command::new("sleep").arg("60").spawn().unwrap();
+        to(&host);
+        ip("link add host0 type veth peer name pod0");
+        ip(&format!("link set pod0 netns {}", sleeper.id()));
+        for line in [
+            "addr add 192.0.2.1/24 dev host0",
+            "addr add 169.254.169.254/32 dev host0",
+            "addr add 2001:db8::1/64 dev host0 nodad",
+            "addr add fd00:ec2::254/128 dev host0 nodad",
+            "link set host0 up",
+        ] {
+            ip(line);
+        }
+        to(&pod);
+        for line in [
+            "addr add 192.0.2.2/24 dev pod0",
+            "addr add 2001:db8::2/64 dev pod0 nodad",
+            "link set pod0 up",
+            "route add default via 192.0.2.1",
+            "route add default via 2001:db8::1",
+        ] {
+            ip(line);
+        }
+        to(&host);
+        let run = |inside: &mut dyn FnMut()| {
+            to(&pod);
+            inside();
+            to(&host);
+        };
+        test(&run);
+        sleeper.kill().unwrap();
+        sleeper.wait().unwrap();
+    })
+    .join()
+    .unwrap();
+}
+
+fn target(text: &str) -> Target {
+    let (address, prefix) = text.split_once('/').unwrap_or((text, ""));
+    let address: IpAddr = address.parse().unwrap();
+    let whole = if address.is_ipv6() { 128 } else { 32 };
+    Target {
+        name: text.to_owned(),
+        address,
+        prefix: prefix.parse().unwrap_or(whole),
+        ports: None,
+        protocols: Vec::new(),
+    }
+}
+
+fn port(text: &str, port: u16, protocol: Protocol) -> Target {
+    Target {
+        name: format!("{text}:{port}"),
+        ports: Some(Ports {
+            first: port,
+            last: port,
+        }),
+        protocols: vec![protocol],
+        ..target(text)
+    }
+}
+
+/// How a connection ended, in at most a second: nobody listens anywhere, so a
+/// packet that gets through is answered by a reset as well; so listen.
+fn connect(to: &str) -> Result<(), ErrorKind> {
+    let begun = Instant::now();
+    let end = TcpStream::connect_timeout(&to.parse().unwrap(), Duration::from_secs(3));
+    assert!(
+        begun.elapsed() < Duration::from_secs(1),
+        "{to}: {end:?} after {:?}",
+        begun.elapsed()
+    );
+    end.map(|_| ()).map_err(|e| e.kind())
+}
+
+fn count(name: &str) -> u64 {
+    let all = counters().unwrap().expect("no table");
+    all.iter()
+        .find(|c| c.name == name)
+        .unwrap_or_else(|| panic!("no {name} in {all:?}"))
+        .packets
+}
+
+#[test]
+fn denied_addresses_are_refused_at_once_and_counted() {
+    with_wire(|inside| {
+        let listeners = [
+            TcpListener::bind("0.0.0.0:80").unwrap(),
+            TcpListener::bind("[::]:81").unwrap(),
+        ];
+        inside(&mut || {
+            for to in [
+                "169.254.169.254:80",
+                "192.0.2.1:80",
+                "[fd00:ec2::254]:81",
+                "[2001:db8::1]:81",
+            ] {
+                connect(to).unwrap();
+            }
+            assert_eq!(counters().unwrap(), None);
+            let rules = Rules {
+                denied: vec![target("169.254.169.254"), target("fd00:ec2::/32")],
+                ..Rules::default()
+            };
+            install(&rules).unwrap();
+            assert_eq!(
+                connect("169.254.169.254:80"),
+                Err(ErrorKind::ConnectionRefused)
+            );
+            assert_eq!(
+                connect("[fd00:ec2::254]:81"),
+                Err(ErrorKind::ConnectionRefused)
+            );
+            let udp = UdpSocket::bind("0.0.0.0:0").unwrap();
+            let sent = udp.send_to(b"x", "169.254.169.254:53").unwrap_err();
+            assert_eq!(sent.kind(), ErrorKind::PermissionDenied);
+            connect("192.0.2.1:80").unwrap();
+            connect("[2001:db8::1]:81").unwrap();
+            assert_eq!(count("egress denied 169.254.169.254"), 2);
+            assert_eq!(count("egress denied fd00:ec2::/32"), 1);
+            // Again, with other rules: these alone count, from the start.
+            let rules = Rules {
+                denied: vec![target("192.0.2.0/28")],
+                ..Rules::default()
+            };
+            install(&rules).unwrap();
+            connect("169.254.169.254:80").unwrap();
+            assert!(connect("192.0.2.1:80").is_err());
+            assert_eq!(counters().unwrap().unwrap().len(), 1);
+            install(&Rules::default()).unwrap();
+            connect("192.0.2.1:80").unwrap();
+        });
+        drop(listeners);
+    });
+}
+
+#[test]
+fn lists_let_through_what_they_have_and_replies() {
+    with_wire(|inside| {
+        let allowed = TcpListener::bind("0.0.0.0:443").unwrap();
+        let other = TcpListener::bind("0.0.0.0:444").unwrap();
+        let v6 = TcpListener::bind("[2001:db8::1]:445").unwrap();
+        let names = UdpSocket::bind("192.0.2.1:53").unwrap();
+        inside(&mut || {
+            let rules = Rules {
+                egress: Some(vec![
+                    port("192.0.2.0/24", 443, Protocol::Tcp),
+                    port("192.0.2.1", 53, Protocol::Udp),
+                    port("2001:db8::/64", 445, Protocol::Tcp),
+                ]),
+                ingress: Some(vec![port("192.0.2.0/24", 8080, Protocol::Tcp)]),
+                ..Rules::default()
+            };
+            install(&rules).unwrap();
+            connect("192.0.2.1:443").unwrap();
+            connect("[2001:db8::1]:445").unwrap();
+            for to in [
+                "192.0.2.1:444",
+                "169.254.169.254:443",
+                "[fd00:ec2::254]:445",
+            ] {
+                assert_eq!(connect(to), Err(ErrorKind::ConnectionRefused), "{to}");
+            }
+            let udp = UdpSocket::bind("0.0.0.0:0").unwrap();
+            udp.send_to(b"question", "192.0.2.1:53").unwrap();
+            assert!(udp.send_to(b"question", "192.0.2.1:54").is_err());
+            let mut buffer = [0; 16];
+            let (_, from) = names.recv_from(&mut buffer).unwrap();
+            names.send_to(b"answer", from).unwrap();
+            let (length, _) = udp.recv_from(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], b"answer");
+            let own = TcpListener::bind("127.0.0.1:0").unwrap();
+            connect(&own.local_addr().unwrap().to_string()).unwrap();
+            assert_eq!(count("egress denied: not on the list"), 4);
+            assert_eq!(count("egress allowed 192.0.2.0/24:443"), 1);
+        });
+        // The other way: from outside.
+        let mut servers = Vec::new();
+        inside(&mut || {
+            servers.push(TcpListener::bind("0.0.0.0:8080").unwrap());
+            servers.push(TcpListener::bind("0.0.0.0:8081").unwrap());
+        });
+        connect("192.0.2.2:8080").unwrap();
+        assert_eq!(connect("192.0.2.2:8081"), Err(ErrorKind::ConnectionRefused));
+        inside(&mut || {
+            assert_eq!(count("ingress denied: not on the list"), 1);
+            assert_eq!(count("ingress allowed 192.0.2.0/24:8080"), 1);
+            // Nothing at all, both ways.
+            let none = Rules {
+                egress: Some(Vec::new()),
+                ingress: Some(Vec::new()),
+                ..Rules::default()
+            };
+            install(&none).unwrap();
+            assert!(connect("192.0.2.1:443").is_err());
+        });
+        assert!(connect("192.0.2.2:8080").is_err());
+        drop((allowed, other, v6));
+    });
+}
