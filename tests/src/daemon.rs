@@ -34,6 +34,11 @@ impl Daemon {
         Self::configured(dir, path, &plain(dir), None)
     }
 
+    /// casemate's configuration of its own; there may be none.
+    pub fn node_config(&self) -> PathBuf {
+        self.dir.join(NODE_CONFIG)
+    }
+
     /// Starts one with this configuration file, inside of that network
     /// namespace.
     pub fn configured(dir: &Path, path: &str, config: &str, netns: Option<&Path>) -> Result<Self> {
@@ -67,7 +72,7 @@ impl Daemon {
                 .arg("nsenter")
                 .arg(format!("--net={}", netns.display()));
         }
-        let node = self.dir.join(NODE_CONFIG);
+        let node = self.node_config();
         if node.exists() {
             command.env(CONFIG_VARIABLE, node);
         }

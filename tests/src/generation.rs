@@ -200,9 +200,11 @@ fn version_2(dir: &Path, shim: &Path) -> String {
       runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.casemate]
       runtime_type = "io.containerd.casemate.v2"
+      pod_annotations = ["casemate.io/*"]
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.casemate-by-path]
       runtime_type = "io.containerd.runc.v2"
       runtime_path = "{shim}"
+      pod_annotations = ["casemate.io/*"]
 "#
     )
 }
@@ -235,9 +237,11 @@ fn version_3(dir: &Path, shim: &Path) -> String {
       runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.casemate]
       runtime_type = "io.containerd.casemate.v2"
+      pod_annotations = ["casemate.io/*"]
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.casemate-by-path]
       runtime_type = "io.containerd.runc.v2"
       runtime_path = "{shim}"
+      pod_annotations = ["casemate.io/*"]
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{BY_API}]
       runtime_type = "io.containerd.casemate.v2"
       sandboxer = "shim"

@@ -52,6 +52,10 @@ fn obey(words: &[&str]) -> ExitCode {
         // Needs CAP_NET_ADMIN over the network namespace.
         ["loopback"] => casemate_sys::namespace::loopback_up(),
         ["ping", address] => ping(address),
+        ["udp", to] => udp(to),
+        // As an attacker would: puts an empty table in the guard's place.
+        ["unguard"] => casemate_netguard::install(&casemate_netguard::Rules::default())
+            .map_err(io::Error::other),
         ["hook", path, then @ ..] => match hook(path) {
             Ok(()) => return obey(then),
             Err(error) => Err(error),
@@ -67,6 +71,12 @@ fn obey(words: &[&str]) -> ExitCode {
             ExitCode::from(1)
         }
     }
+}
+
+/// Sends one datagram.
+fn udp(to: &str) -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    socket.send_to(b"question", to).map(|_| ())
 }
 
 /// Writes that many bytes, a counter in every 8, and ends at once.

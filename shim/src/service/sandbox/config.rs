@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use casemate_spec::annotations::PREFIX;
 use protobuf::CodedInputStream;
 use protobuf::well_known_types::any::Any;
 
@@ -62,6 +63,8 @@ pub struct PodConfig {
     pub hostname: String,
     /// `dns_config`: servers, searches, options.
     pub dns: [Vec<String>; 3],
+    /// `annotations`, as far as they are ours.
+    pub annotations: BTreeMap<String, String>,
     /// `linux.cgroup_parent`.
     pub cgroup_parent: String,
     /// `linux.sysctls`.
@@ -174,8 +177,18 @@ fn pod(bytes: &[u8], config: &mut PodConfig) -> Result<(), String> {
             4 => dns(&value.bytes("dns_config")?, config)?,
             8 => linux(&value.bytes("linux")?, config)?,
             9 => return Err("windows is set; this runtime has Linux pods only".to_owned()),
-            // Logs, ports, labels, annotations: containerd's and CNI's.
-            3 | 5 | 6 | 7 => {}
+            7 => {
+                let (key, to) = entry("annotations", &value.bytes("annotations")?)?;
+                // Others are containerd's and CNI's; of ours each is told by name.
+                if key.starts_with(PREFIX) {
+                    if config.annotations.len() >= MOST {
+                        return Err(format!("annotations has more than {MOST} of {PREFIX}"));
+                    }
+                    config.annotations.insert(key, to);
+                }
+            }
+            // Logs, ports, labels: containerd's and CNI's.
+            3 | 5 | 6 => {}
             other => config
                 .notes
                 .push(format!("field {other} is unknown; ignored")),

@@ -57,6 +57,7 @@ pub fn write(
     let mut annotations: Map<String, Value> = request
         .annotations
         .iter()
+        .chain(&config.annotations)
         .map(|(key, value)| (key.clone(), json!(value)))
         .collect();
     for (key, value) in [

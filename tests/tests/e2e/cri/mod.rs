@@ -7,6 +7,7 @@
 
 mod client;
 mod config;
+mod guard;
 mod life;
 mod limits;
 mod network;
@@ -77,6 +78,7 @@ fn open(generation: Generation) -> Result<Cri, Stop> {
 /// All tests, for all generations.
 pub fn trials() -> Vec<Trial> {
     let shared = [
+        guard::TESTS,
         life::TESTS,
         limits::TESTS,
         network::TESTS,
@@ -97,6 +99,7 @@ pub fn trials() -> Vec<Trial> {
             .iter()
             .chain(since(Generation::V2_1, volumes::SINCE_2))
             .chain(since(Generation::V2_1, sandboxer::TESTS))
+            .chain(since(Generation::V2_1, guard::BY_API))
             .chain(userns::tests(generation));
         for (name, test) in shared.chain(newer) {
             all.push(skip::trial(&format!("cri{tag}_{name}"), move || {
@@ -115,6 +118,7 @@ pub fn trials() -> Vec<Trial> {
         }
         for (name, test) in node::RESTARTS
             .iter()
+            .chain(guard::ALONE)
             .chain(since(Generation::V2_1, sandboxer::RESTARTS))
         {
             all.push(skip::trial(&format!("cri{tag}_{name}"), move || {

@@ -10,15 +10,20 @@ use k8s_cri::v1::*;
 
 use super::client::{Pod, directory};
 use super::config::{self, container, mount, security};
+use super::guard;
 use super::volumes::introspected;
 use super::{Cri, Test};
 
 /// 1.7 leaves the namespaces to the runtime.
-pub const ON_1_7: &[(&str, Test)] = &[("c120_host_users_false", host_users_false)];
+pub const ON_1_7: &[(&str, Test)] = &[
+    ("c120_host_users_false", host_users_false),
+    ("guard_of_a_pod_with_its_own_users", guarded),
+];
 /// 2.x makes them.
 pub const SINCE_2: &[(&str, Test)] = &[
     ("c119_host_users_false", host_users_false),
     ("c119_c122_volume_of_a_pod_with_its_own_users", volume),
+    ("guard_of_a_pod_with_its_own_users", guarded),
 ];
 
 /// Ids that no other test run of this machine is likely to use.
@@ -118,6 +123,17 @@ fn volume(cri: &Cri) -> Outcome {
     ensure_eq!(out, "of the host\n0\n", "inside");
     let meta = fs::metadata(dir.join("new"))?;
     ensure!(meta.uid() == 1000, "owner on the host: {}", meta.uid());
+    pod.remove()
+}
+
+/// The network belongs to a user namespace of its own, in which nobody is.
+fn guarded(cri: &Cri) -> Outcome {
+    let first = range(cri, "guard");
+    let pod = pod(cri, "user-guard", first)?;
+    let mut config = container("app", &["/bin/probe", "sleep"]);
+    of(first)(&mut config);
+    let id = pod.run(config)?;
+    guard::holds(cri, &pod, &id, 8101)?;
     pod.remove()
 }
 
