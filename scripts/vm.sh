@@ -21,8 +21,9 @@ mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 . "$here/debian.sh"
 
-# Block device, the file systems and devices that tests use.
-modules="virtio_pci virtio_blk ext4 overlay virtio_rng veth bridge tun loop"
+# Block device, the file systems and devices that tests use, and the guard of networks.
+modules="virtio_pci virtio_blk ext4 overlay virtio_rng veth bridge tun loop
+  nf_tables nft_reject_inet nft_ct"
 # Programs that the root has, with their libraries.
 programs="bash sh containerd ctr containerd-shim-runc-v2 runc ip setsid mount umount
   cat ls ps sed grep awk sleep mkdir rm cp mv ln chmod chown env id uname dmesg
@@ -48,7 +49,7 @@ busybox=$(command -v busybox)
 
 # A kernel and an initramfs with the modules that lead to the root.
 kernel=$dir/$suite
-if [ ! -e "$kernel/ready-2" ]; then
+if [ ! -e "$kernel/ready-3" ]; then
   rm -rf "$kernel"
   mkdir -p "$kernel/root"
   debian_suites "$dir/apt-$suite" "$suite" >&2
@@ -113,7 +114,7 @@ exec switch_root /new $program
 INIT
   chmod +x "$tree/init"
   (cd "$tree" && find . | cpio -o -H newc --quiet | gzip -1) >"$kernel/initramfs.gz"
-  touch "$kernel/ready-2"
+  touch "$kernel/ready-3"
 fi
 
 # systemd with all libraries that it loads or may load.
