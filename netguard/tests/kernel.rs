@@ -1,5 +1,8 @@
 //! Rules in real network namespaces. Needs root.
 
+// Outside #[test] functions clippy does not see that this is a test.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::io::ErrorKind;
 use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;

@@ -292,9 +292,12 @@ impl FromStr for Entry {
 
     /// With ports, or an address alone: everything there.
     fn from_str(text: &str) -> Result<Self, EntryError> {
-        text.parse()
-            .map(Self::whole)
-            .or_else(|_| Self::with_ports(text))
+        let address = text.split('/').next().unwrap_or_default();
+        if address.parse::<IpAddr>().is_ok() {
+            text.parse().map(Self::whole)
+        } else {
+            Self::with_ports(text)
+        }
     }
 }
 
@@ -375,31 +378,9 @@ impl Rules {
         host: bool,
         resolvers: impl FnOnce() -> Vec<IpAddr>,
     ) -> Result<Self, Refusal> {
-        let written = [(EGRESS, egress), (INGRESS, ingress)];
+        let (egress, ingress) = lists(egress, ingress, host)?;
         if host {
-            return match written.iter().find(|(_, value)| value.is_some()) {
-                Some((key, _)) => Err(Refusal::new(&HOST_NETWORK_LISTS, field(key), "")),
-                None => Ok(Self::default()),
-            };
-        }
-        let read = |key: &str, value: Option<&str>| {
-            value
-                .map(|text| {
-                    text.parse::<List>().map_err(|e| {
-                        Refusal::new(
-                            &NETWORK_LIST,
-                            field(key),
-                            format!("{} {}", e.entry, e.reason),
-                        )
-                    })
-                })
-                .transpose()
-        };
-        let egress = read(EGRESS, egress)?;
-        let ingress = read(INGRESS, ingress)?;
-        if ingress.as_ref().is_some_and(|list| list.cluster_dns) {
-            let detail = "\"cluster-dns\" is where connections go to";
-            return Err(Refusal::new(&NETWORK_LIST, field(INGRESS), detail));
+            return Ok(Self::default());
         }
         let egress = match egress {
             None => None,
@@ -428,6 +409,32 @@ impl Rules {
             ingress,
         })
     }
+}
+
+type Lists = (Option<List>, Option<List>);
+
+/// The lists as they are written, of a pod that may have them.
+pub(crate) fn lists(
+    egress: Option<&str>,
+    ingress: Option<&str>,
+    host: bool,
+) -> Result<Lists, Refusal> {
+    let read = |key: &str, value: Option<&str>| match value {
+        Some(_) if host => Err(Refusal::new(&HOST_NETWORK_LISTS, field(key), "")),
+        Some(text) => match text.parse::<List>() {
+            Ok(list) if list.cluster_dns && key == INGRESS => {
+                let detail = "\"cluster-dns\" is where connections go to";
+                Err(Refusal::new(&NETWORK_LIST, field(key), detail))
+            }
+            Ok(list) => Ok(Some(list)),
+            Err(e) => {
+                let detail = format!("{} {}", e.entry, e.reason);
+                Err(Refusal::new(&NETWORK_LIST, field(key), detail))
+            }
+        },
+        None => Ok(None),
+    };
+    Ok((read(EGRESS, egress)?, read(INGRESS, ingress)?))
 }
 
 fn field(key: &str) -> String {
@@ -576,7 +583,7 @@ mod tests {
         let none = Rules::of(None, None, &network, true, Vec::new).unwrap();
         assert_eq!(none, Rules::default());
         let error = Rules::of(None, Some("none"), &network, true, Vec::new).unwrap_err();
-        assert_eq!(error.rule, "host-network-lists");
+        assert_eq!(error.rule, "network-list-host");
         assert!(error.to_string().contains("casemate.io/ingress"), "{error}");
     }
 

@@ -28,7 +28,7 @@ rules! {
         "the host's network is refused in this sandbox",
         "the node's network reaches its metadata service, kubelet and every local socket",
         "Remove hostNetwork, or set sandbox.allow_host_network in the node's configuration.";
-    HOST_NETWORK_LISTS = "host-network-lists",
+    HOST_NETWORK_LISTS = "network-list-host",
         "lists of connections are refused on the host's network",
         "the host's network filters are the node's own, and nobody's else to change",
         "Remove hostNetwork, or the annotation.";

@@ -18,6 +18,7 @@ use crate::journal::{Decision, Journal};
 use crate::label::{self, Lsm};
 use crate::load::{Loaded, PodIdentity};
 use crate::mount::{self, MountSpec, PropagationKind};
+use crate::network_rules;
 use crate::paths::{plain, plain_absolute};
 use crate::process::{self, ProcessSpec};
 use crate::resources;
@@ -184,6 +185,11 @@ pub fn tighten(
         asked = asked.within(pod)?;
     }
     let effective = asked.under(config, context.profiles)?;
+    network_rules::lists(
+        asked.egress.as_deref(),
+        asked.ingress.as_deref(),
+        namespaces.network == Namespace::Host,
+    )?;
     let mut journal = Journal::new(&fields, warnings)?;
     let users = users::check(linux, &config.ids)?;
     if !(spec.version().is_empty() || spec.version().starts_with("1.")) {

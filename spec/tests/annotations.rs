@@ -214,7 +214,7 @@ fn the_network_is_the_pods() {
     for key in ["egress", "ingress"] {
         let refusal = in_pod(&[(key, "none")], &[], &none).unwrap_err();
         assert_eq!(refusal.rule, "annotation-of-pod");
-        let refusal = in_pod(&[(key, "none")], &[(key, "10.0.0.0/8")], &none).unwrap_err();
+        let refusal = in_pod(&[(key, "none")], &[(key, "10.0.0.0/8:443")], &none).unwrap_err();
         assert_eq!(refusal.rule, "annotation-of-pod");
         // containerd gives the pod's to its containers as well.
         in_pod(&[(key, "none")], &[(key, "none")], &none).unwrap();
