@@ -10,6 +10,7 @@
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
 #   make docs-tables     the pages of docs/ that are made of tables in the code
+#   make probes          docs/security-probes.md and docs/cve-ledger.md: what attackers try, here and under runc
 #   make bench           times and memory beside runc, crun, runsc
 #   make dist            release binaries, checksums and component list in dist/
 
@@ -22,7 +23,7 @@ BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
 VM_SUITES ?= bookworm bookworm:systemd sid sid:systemd
 
-.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance vm-test docs-tables run bench dist clean
+.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance vm-test docs-tables probes run bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -74,6 +75,11 @@ vm-test: quick
 
 docs-tables:
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-spec --test documents
+
+probes: quick
+	@scripts/packages.sh
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_WRITE_DOCS=1 \
+	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- probes_
 
 run:
 	@CMD='$(subst ','\'',$(CMD))' scripts/run.sh

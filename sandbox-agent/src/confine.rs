@@ -130,10 +130,15 @@ fn landlock_container(reads: bool, who: &Who<'_>) -> std::io::Result<()> {
     let rules = Ruleset::new(abi, all, 0)?;
     let open =
         |path: &str| rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-    rules.allow_beneath(
-        open(root)?,
-        all & !(fs::IOCTL_DEV | fs::MAKE_CHAR | fs::MAKE_BLOCK),
-    )?;
+    let everyday = all & !(fs::IOCTL_DEV | fs::MAKE_CHAR | fs::MAKE_BLOCK);
+    rules.allow_beneath(open(root)?, everyday)?;
+    // mq_open(2) walks a mount that is the kernel's own, so never below the root;
+    // what it has in common with the one that is seen is the file system.
+    if program.is_none()
+        && let Ok(queues) = open("/dev/mqueue")
+    {
+        rules.allow_beneath(queues, everyday)?;
+    }
     if abi >= 5
         && let Ok(dev) = open("/dev")
     {

@@ -70,3 +70,52 @@ pub fn install_filter(program: &[u8], flags: u32) -> io::Result<Option<OwnedFd>>
     }
     Ok(None)
 }
+
+/// The filters of another process, the one that was installed first in front.
+/// It is stopped for that moment (ptrace(2), `PTRACE_SECCOMP_GET_FILTER`).
+///
+/// # Errors
+/// What the kernel answers: `EPERM` or `EACCES` without CAP_SYS_ADMIN or under a
+/// filter oneself, `EIO` without checkpointing in the kernel, `EBUSY` where it is
+/// traced already (as `EPERM`).
+pub fn filters_of(pid: u32) -> io::Result<Vec<Vec<u8>>> {
+    const SEIZE: usize = 0x4206;
+    const INTERRUPT: usize = 0x4207;
+    const GET_FILTER: usize = 0x420c;
+    const DETACH: usize = 17;
+    let trace = |request: usize, address: usize, data: usize| {
+        // SAFETY: the one address of ours that is passed (GET_FILTER) is null, to
+        // be told the length, or of a buffer of that length.
+        match unsafe { libc::syscall(libc::SYS_ptrace, request, pid as usize, address, data) } {
+            r if r >= 0 => Ok(r as usize),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    trace(SEIZE, 0, 0)?;
+    let read = || {
+        trace(INTERRUPT, 0, 0)?;
+        let mut status = 0;
+        // SAFETY: the kernel writes one int to the live local.
+        let r = unsafe { libc::waitpid(pid as i32, &raw mut status, libc::__WALL) };
+        if r < 0 || !libc::WIFSTOPPED(status) {
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+        let mut all = Vec::new();
+        loop {
+            let count = match trace(GET_FILTER, all.len(), 0) {
+                Ok(count) => count,
+                // No such filter: that was the last one. EINVAL: none at all.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => break,
+                Err(e) => return Err(e),
+            };
+            let mut program = vec![0u8; count * INSTRUCTION_SIZE];
+            trace(GET_FILTER, all.len(), program.as_mut_ptr() as usize)?;
+            all.push(program);
+        }
+        Ok(all)
+    };
+    let all = read();
+    // A process that has ended meanwhile can't be let go.
+    let _gone = trace(DETACH, 0, 0);
+    all
+}

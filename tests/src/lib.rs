@@ -20,6 +20,7 @@ pub mod leaks;
 pub mod node;
 pub mod operator;
 pub mod pod;
+pub mod probes;
 pub mod procs;
 pub mod results;
 pub mod run;

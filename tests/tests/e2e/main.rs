@@ -40,6 +40,9 @@ mod operator;
 mod pause;
 mod pods;
 mod pods_life;
+mod probes;
+mod probes_outside;
+mod probes_topics;
 mod rpc;
 mod rpc_abuse;
 mod sandbox;
@@ -105,6 +108,8 @@ fn main() -> ExitCode {
         hooks::trials(),
         pods::trials(),
         pods_life::trials(),
+        probes::trials(),
+        probes_outside::trials(),
         hostile::trials(),
         hostile_node::trials(),
         hostile_agent::trials(),
@@ -124,12 +129,17 @@ fn main() -> ExitCode {
     .into_iter()
     .flatten()
     .collect();
-    let mut last = hostile_node::exclusive_trials();
+    let mut last = probes::last_trials();
+    last.extend(hostile_node::exclusive_trials());
     let names: Vec<String> = trials
         .iter()
         .chain(&last)
         .map(|trial| trial.name().to_owned())
         .collect();
+    let known = names.clone();
+    trials.push(skip::trial("probes_topics_are_whole", move || {
+        probes_topics::are_whole(&known, &probes::ids()?)
+    }));
     trials.push(skip::trial("conformance_list_is_whole", move || {
         let missing = List::read()?.uncovered(names.iter().map(String::as_str));
         ensure!(

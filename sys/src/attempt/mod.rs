@@ -2,7 +2,11 @@
 //! arguments with which it does nothing if it is let through, or nothing that
 //! outlives a process made for it (the addresses are all null).
 
+mod raw;
+
 use std::io;
+
+pub use raw::{Arg, raw};
 
 /// Name, number, arguments.
 type Call = (&'static str, libc::c_long, [usize; 5]);
