@@ -10,7 +10,7 @@
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
 #   make docs-tables     the pages of docs/ that are made of tables in the code
-#   make probes          docs/security-probes.md and docs/cve-ledger.md: what attackers try, here and under runc
+#   make probes          docs/security-probes.md: what attackers try, here and under runc
 #   make bench           times and memory beside runc, crun, runsc
 #   make dist            release binaries, checksums and component list in dist/
 
