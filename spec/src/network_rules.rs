@@ -292,8 +292,8 @@ impl FromStr for Entry {
 
     /// With ports, or an address alone: everything there.
     fn from_str(text: &str) -> Result<Self, EntryError> {
-        let address = text.split('/').next().unwrap_or_default();
-        if address.parse::<IpAddr>().is_ok() {
+        let (address, prefix) = text.split_once('/').unwrap_or((text, ""));
+        if address.parse::<IpAddr>().is_ok() && !prefix.contains(':') {
             text.parse().map(Self::whole)
         } else {
             Self::with_ports(text)
