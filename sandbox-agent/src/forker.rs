@@ -20,8 +20,9 @@ struct Forker {
     container: Container,
     /// Running or parked children by pid: their key.
     children: BTreeMap<u32, u32>,
-    /// Children that wait for Go.
-    parked: BTreeMap<u32, Parked>,
+    /// Children that wait for Go, and what they are waited for by: a profile need
+    /// not let the forker open that anew.
+    parked: BTreeMap<u32, (Parked, OwnedFd)>,
 }
 
 /// Serves the container until the shim closes the channel.
@@ -46,8 +47,8 @@ pub fn run(channel: Channel, container: Container) -> ! {
 impl Forker {
     fn serve(&mut self) -> Result<(), StepError> {
         let signals = process::child_signals().at("watch", "children")?;
-        let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
-        let mut fds = vec![&me];
+        let me = self.container.me.take();
+        let mut fds: Vec<&OwnedFd> = me.iter().collect();
         fds.extend(self.container.early.as_ref().map(|early| &early.pidfd));
         self.answer(&FromForker::Ready, &fds)?;
         drop(me);
@@ -156,7 +157,8 @@ impl Forker {
             Ok((pid, pidfd, prepared)) => {
                 self.children.insert(pid, key);
                 if parked {
-                    self.parked.insert(key, prepared.parked);
+                    let copy = pidfd.try_clone().at("copy", "pidfd")?;
+                    self.parked.insert(key, (prepared.parked, copy));
                 }
                 let mut fds = vec![&pidfd];
                 fds.extend(prepared.master.as_ref());
@@ -174,7 +176,7 @@ impl Forker {
     }
 
     fn go(&mut self, key: u32) -> Result<(), StepError> {
-        let Some(parked) = self.parked.remove(&key) else {
+        let Some((parked, pidfd)) = self.parked.remove(&key) else {
             let text = "no process is waiting to start".to_owned();
             return self.answer(
                 &FromForker::SpawnFailed {
@@ -185,25 +187,8 @@ impl Forker {
                 &[],
             );
         };
-        let pid = self
-            .children
-            .iter()
-            .find(|(_, k)| **k == key)
-            .map(|(pid, _)| *pid);
-        let pidfd = match pid.map(process::open_pidfd) {
-            Some(Ok(fd)) => fd,
-            _ => {
-                let text = "the process has ended before its start".to_owned();
-                return self.answer(
-                    &FromForker::SpawnFailed {
-                        key,
-                        text,
-                        invalid: false,
-                    },
-                    &[],
-                );
-            }
-        };
+        let mut children = self.children.iter();
+        let pid = children.find(|(_, k)| **k == key).map(|(pid, _)| *pid);
         match parked.go(&pidfd) {
             Ok(()) => self.answer(&FromForker::Started { key }, &[]),
             Err(error) => {

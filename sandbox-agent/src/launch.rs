@@ -26,6 +26,8 @@ pub struct Container {
     pub console: Option<Terminal>,
     /// The container's first process, where the kernel wants it this early.
     pub early: Option<EarlyInit>,
+    /// The forker itself, until the shim has it.
+    pub me: Option<OwnedFd>,
 }
 
 /// How proc of the container's pid namespace can be mounted.
@@ -199,7 +201,12 @@ fn assemble_root(
         .at("make read-only", "/")?;
     }
     mount::change_root(&rootfs).at("change root", "")?;
-    Ok(Container { console, early })
+    let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
+    Ok(Container {
+        console,
+        early,
+        me: Some(me),
+    })
 }
 
 /// Clones of the mounts that go on receiving what the host mounts below their

@@ -3,7 +3,10 @@
 use std::fs::File;
 use std::io::Read;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, openat, openat2};
+use rustix::io::Errno;
+
+const PASSWD: &str = "etc/passwd";
 
 /// The most of the file that is read, in bytes.
 const LIMIT: u64 = 1024 * 1024;
@@ -14,16 +17,18 @@ pub fn home(uid: u32) -> String {
     let read = || -> Option<Vec<u8>> {
         let root = crate::pod::own_root().ok()?;
         // NONBLOCK: a fifo of that name must not hang us.
-        let fd = rustix::fs::openat2(
-            root,
-            "etc/passwd",
-            OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-        )
-        .ok()?;
-        let file = File::from(fd);
-        if !file.metadata().ok()?.is_file() {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let fd = match openat2(&root, PASSWD, flags, Mode::empty(), resolve) {
+            // Refused by the profile. The root is the container's own by now, and
+            // what is read decides the value of HOME and nothing else.
+            Err(Errno::NOSYS) => openat(&root, PASSWD, flags | OFlags::NOFOLLOW, Mode::empty()),
+            opened => opened,
+        };
+        let file = File::from(fd.ok()?);
+        // Not by statx(2), which a profile may refuse.
+        let mode = fstat(&file).ok()?.st_mode;
+        if FileType::from_raw_mode(mode) != FileType::RegularFile {
             return None;
         }
         let mut bytes = Vec::new();

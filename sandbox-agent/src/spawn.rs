@@ -332,10 +332,8 @@ fn descriptors(plan: &ProcessPlan, stdio: Stdio) -> Result<Descriptors, StepErro
             )
             .at("open", "/dev/pts")?;
             // The terminal belongs to whom the process will be.
-            casemate_sys::ident::set_fs_ids(plan.uid, plan.gid).at("set", "file ids")?;
-            let terminal = Terminal::open(pts);
-            casemate_sys::ident::set_fs_ids(0, 0).at("set", "file ids")?;
-            terminal?
+            casemate_sys::ident::as_effective(plan.uid, plan.gid, || Terminal::open(pts))
+                .at("set", "ids of the terminal")??
         }
     };
     exec::set_controlling_terminal(&terminal.slave).at("control", "terminal")?;

@@ -1,15 +1,23 @@
-//! Argument checks: seccompiler writes them, [`Graph`] takes them in.
+//! Argument checks.
+//!
+//! Whatever looks at low words alone is written here, as binary trees over the
+//! values of an argument. Comparisons of whole registers are seccompiler's, and
+//! [`Graph`] takes them in.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
 
+use crate::compile;
 use crate::graph::{Graph, NodeId};
-use crate::profile::{Condition, Op, Width};
+use crate::profile::{ArgSet, Condition, Op, Width, alternatives};
 use crate::program as bpf;
+
+/// Where `struct seccomp_data` has the low word of argument 0 (linux/seccomp.h).
+const FIRST_ARGUMENT: u32 = 16;
 
 /// Stand-ins for "all conditions of a list hold" and "no list does", replaced
 /// by the real continuation while the code is taken into the graph.
@@ -55,9 +63,91 @@ pub fn rule(conditions: &[Condition]) -> Result<SeccompRule, ArgError> {
     SeccompRule::new(conditions).map_err(failed)
 }
 
-/// Adds checks to `graph`: to `hit` when all conditions of one of `lists`
-/// hold, otherwise to `miss`. No list may be empty.
+/// Adds checks to `graph`: to `hit` when all of `args` hold, otherwise to `miss`.
 pub fn check(
+    graph: &mut Graph,
+    args: &[ArgSet],
+    hit: NodeId,
+    miss: NodeId,
+) -> Result<NodeId, ArgError> {
+    if args.iter().all(|arg| arg.width == Width::W32) {
+        let mut node = hit;
+        for arg in args.iter().rev() {
+            node = low_word(graph, arg, node, miss)?;
+        }
+        return Ok(node);
+    }
+    let lists = alternatives(args);
+    let lists: Vec<&[Condition]> = lists.iter().map(Vec::as_slice).collect();
+    by_seccompiler(graph, &lists, hit, miss)
+}
+
+/// To `yes` when the low word of the argument compares with one of the values.
+fn low_word(graph: &mut Graph, arg: &ArgSet, yes: NodeId, no: NodeId) -> Result<NodeId, ArgError> {
+    let values = arg.values.iter().map(|value| u32::try_from(*value));
+    let values: BTreeSet<u32> = values.collect::<Result<_, _>>().map_err(|_| ArgError {
+        reason: "a value does not fit 32 bits".to_owned(),
+    })?;
+    let (Some(&least), Some(&most)) = (values.first(), values.last()) else {
+        return Ok(no);
+    };
+    let up_to = |end: Option<u32>, below, above| match end {
+        Some(0) => vec![(0, above)],
+        Some(end) => vec![(0, below), (end, above)],
+        None => vec![(0, below)],
+    };
+    let ranges = match arg.op {
+        Op::Eq | Op::MaskedEq(_) => among(&values, yes, no),
+        // Whatever it is, it differs from one of two.
+        Op::Ne if least != most => vec![(0, yes)],
+        Op::Ne => among(&values, no, yes),
+        Op::Lt => up_to(Some(most), yes, no),
+        Op::Le => up_to(most.checked_add(1), yes, no),
+        Op::Gt => up_to(least.checked_add(1), no, yes),
+        Op::Ge => up_to(Some(least), no, yes),
+    };
+    let tree = compile::tree(graph, &ranges);
+    let masked = match arg.op {
+        Op::MaskedEq(mask) => match u32::try_from(mask) {
+            Ok(mask) => graph.step(bpf::AND_K, mask, tree),
+            Err(_) => {
+                return Err(ArgError {
+                    reason: "a mask does not fit 32 bits".to_owned(),
+                });
+            }
+        },
+        _ => tree,
+    };
+    // Nothing to look at where every value leads to the same place.
+    if tree == yes || tree == no {
+        return Ok(tree);
+    }
+    let offset = FIRST_ARGUMENT + 8 * u32::from(arg.index);
+    Ok(graph.step(bpf::LD_W_ABS, offset, masked))
+}
+
+/// Ranges by their lowest numbers: to `inside` for `values`, else to `outside`.
+fn among(values: &BTreeSet<u32>, inside: NodeId, outside: NodeId) -> Vec<(u32, NodeId)> {
+    let mut ranges = Vec::new();
+    if !values.contains(&0) {
+        ranges.push((0, outside));
+    }
+    for &value in values {
+        if value == 0 || !values.contains(&(value - 1)) {
+            ranges.push((value, inside));
+        }
+        if let Some(next) = value.checked_add(1)
+            && !values.contains(&next)
+        {
+            ranges.push((next, outside));
+        }
+    }
+    ranges
+}
+
+/// As [`check`]: to `hit` when all conditions of one of `lists` hold. No list may
+/// be empty.
+fn by_seccompiler(
     graph: &mut Graph,
     lists: &[&[Condition]],
     hit: NodeId,

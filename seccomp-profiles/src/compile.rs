@@ -13,7 +13,7 @@ use crate::action::{Action, RET_KILL_PROCESS};
 use crate::args;
 use crate::explain;
 use crate::graph::{Graph, NodeId, TooLarge};
-use crate::profile::{Condition, Profile, ProfileError};
+use crate::profile::{ArgSet, Profile, ProfileError};
 use crate::program::{self as bpf, Program};
 use crate::table;
 
@@ -67,11 +67,11 @@ impl Form {
     }
 }
 
-/// When all of `conditions` hold, `ret`.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+/// When all of `args` hold, `ret`.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Clause {
     /// Empty: always.
-    pub conditions: Vec<Condition>,
+    pub args: Vec<ArgSet>,
     /// The verdict, a `SECCOMP_RET_*` value.
     pub ret: u32,
 }
@@ -107,15 +107,12 @@ impl Rules {
         for group in &profile.groups {
             for rule in &group.rules {
                 let ret = form.ret(group.action, index, rule.quiet);
-                let alternatives = rule.alternatives();
+                let clause = Clause {
+                    args: rule.args.clone(),
+                    ret,
+                };
                 for number in rule.syscalls.iter().filter_map(|name| table::number(name)) {
-                    calls
-                        .entry(number)
-                        .or_default()
-                        .extend(alternatives.iter().map(|conditions| Clause {
-                            conditions: conditions.clone(),
-                            ret,
-                        }));
+                    calls.entry(number).or_default().push(clause.clone());
                 }
                 index = index.saturating_add(1);
             }
@@ -203,7 +200,7 @@ fn checks(
     otherwise: u32,
 ) -> Result<NodeId, CompileError> {
     // What follows a clause that always matches is never reached.
-    let (clauses, otherwise) = match clauses.iter().position(|c| c.conditions.is_empty()) {
+    let (clauses, otherwise) = match clauses.iter().position(|c| c.args.is_empty()) {
         Some(at) => (
             clauses.get(..at).unwrap_or_default(),
             clauses.get(at).map_or(otherwise, |clause| clause.ret),
@@ -211,13 +208,10 @@ fn checks(
         None => (clauses, otherwise),
     };
     let mut node = graph.ret(otherwise);
-    // Built from the end: each run of clauses with one verdict falls through to
-    // the runs after it.
-    for run in clauses.chunk_by(|a, b| a.ret == b.ret).rev() {
-        let Some(first) = run.first() else { continue };
-        let hit = graph.ret(first.ret);
-        let lists: Vec<&[Condition]> = run.iter().map(|c| c.conditions.as_slice()).collect();
-        node = args::check(graph, &lists, hit, node).map_err(|error| CompileError::Args {
+    // Built from the end: what a clause does not match falls through to the next.
+    for clause in clauses.iter().rev() {
+        let hit = graph.ret(clause.ret);
+        node = args::check(graph, &clause.args, hit, node).map_err(|error| CompileError::Args {
             syscall: table::name(number).map_or_else(|| number.to_string(), str::to_owned),
             reason: error.to_string(),
         })?;
@@ -227,7 +221,7 @@ fn checks(
 }
 
 /// A binary tree over ranges, given by their lowest numbers. Not empty.
-fn tree(graph: &mut Graph, ranges: &[(u32, NodeId)]) -> NodeId {
+pub(crate) fn tree(graph: &mut Graph, ranges: &[(u32, NodeId)]) -> NodeId {
     match ranges {
         [] => graph.ret(RET_KILL_PROCESS),
         [(_, only)] => *only,

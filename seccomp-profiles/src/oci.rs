@@ -26,7 +26,7 @@ use serde::Deserialize;
 
 use crate::action::{Action, RET_KILL_PROCESS};
 use crate::compile::{Clause, CompileError, Rules, X32};
-use crate::profile::{Condition, ENOSYS, Op, Width};
+use crate::profile::{ArgSet, Condition, ENOSYS, Op, Width};
 use crate::program::Program;
 use crate::table;
 
@@ -437,13 +437,13 @@ pub fn compile(seccomp: &OciSeccomp) -> Result<Compiled, OciError> {
             }
             let list = calls.entry(number).or_default();
             list.extend(lists.iter().map(|conditions| Clause {
-                conditions: conditions.clone(),
+                args: conditions.iter().map(ArgSet::from).collect(),
                 ret: action.to_ret(),
             }));
         }
     }
     for list in calls.values_mut() {
-        if let Some(always) = list.iter().find(|clause| clause.conditions.is_empty()) {
+        if let Some(always) = list.iter().find(|clause| clause.args.is_empty()) {
             *list = vec![always.clone()];
         }
     }

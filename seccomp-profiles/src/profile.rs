@@ -320,6 +320,17 @@ impl TryFrom<RawArgSet> for ArgSet {
     }
 }
 
+impl From<&Condition> for ArgSet {
+    fn from(condition: &Condition) -> Self {
+        Self {
+            index: condition.index,
+            op: condition.op,
+            values: vec![condition.value],
+            width: condition.width,
+        }
+    }
+}
+
 impl Condition {
     /// Whether the condition holds for these arguments.
     #[must_use]
@@ -354,26 +365,31 @@ impl Rule {
     /// conditions of one list hold. An empty list always matches.
     #[must_use]
     pub fn alternatives(&self) -> Vec<Vec<Condition>> {
-        let mut lists = vec![Vec::new()];
-        for arg in &self.args {
-            lists = lists
-                .iter()
-                .flat_map(|list| {
-                    arg.values.iter().map(|&value| {
-                        let mut longer = list.clone();
-                        longer.push(Condition {
-                            index: arg.index,
-                            op: arg.op,
-                            value,
-                            width: arg.width,
-                        });
-                        longer
-                    })
-                })
-                .collect();
-        }
-        lists
+        alternatives(&self.args)
     }
+}
+
+/// All combinations of one value of each of `args`.
+pub(crate) fn alternatives(args: &[ArgSet]) -> Vec<Vec<Condition>> {
+    let mut lists = vec![Vec::new()];
+    for arg in args {
+        lists = lists
+            .iter()
+            .flat_map(|list| {
+                arg.values.iter().map(|&value| {
+                    let mut longer = list.clone();
+                    longer.push(Condition {
+                        index: arg.index,
+                        op: arg.op,
+                        value,
+                        width: arg.width,
+                    });
+                    longer
+                })
+            })
+            .collect();
+    }
+    lists
 }
 
 impl Profile {

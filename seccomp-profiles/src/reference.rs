@@ -4,7 +4,7 @@
 
 use crate::action::Action;
 use crate::interp::SeccompData;
-use crate::profile::{Condition, Profile, Rule};
+use crate::profile::{ArgSet, Condition, Profile, Rule};
 use crate::table;
 
 /// `AUDIT_ARCH_X86_64` (linux/audit.h).
@@ -55,6 +55,16 @@ pub fn rule(profile: &Profile, data: &SeccompData) -> usize {
 }
 
 fn matches(rule: &Rule, name: &str, data: &SeccompData) -> bool {
-    let holds = |list: &Vec<Condition>| list.iter().all(|condition| condition.holds(&data.args));
-    rule.syscalls.iter().any(|syscall| syscall == name) && rule.alternatives().iter().any(holds)
+    let any_value = |arg: &ArgSet| {
+        arg.values.iter().any(|&value| {
+            let condition = Condition {
+                index: arg.index,
+                op: arg.op,
+                value,
+                width: arg.width,
+            };
+            condition.holds(&data.args)
+        })
+    };
+    rule.syscalls.iter().any(|syscall| syscall == name) && rule.args.iter().all(any_value)
 }

@@ -7,6 +7,7 @@ mod common;
 
 use common::{calls, calls_of, verdict};
 use seccomp_profiles::interp::{self, SeccompData};
+use seccomp_profiles::profile::{ArgSet, Condition};
 use seccomp_profiles::{Action, Profile, Program, reference, shipped, shipped_names, table};
 
 const EPERM: Action = Action::Errno(1);
@@ -74,7 +75,7 @@ fn programs_are_small() {
     for (profile, program) in all() {
         let size = program.instructions().len();
         println!("{}: {size} instructions", profile.name);
-        assert!(size <= 300, "{}: {size} instructions", profile.name);
+        assert!(size <= 400, "{}: {size} instructions", profile.name);
     }
 }
 
@@ -100,6 +101,17 @@ fn without(
     changed
 }
 
+/// Whether the argument compares with this value of the condition.
+fn holds(arg: &ArgSet, value: u64, data: &SeccompData) -> bool {
+    let condition = Condition {
+        index: arg.index,
+        op: arg.op,
+        value,
+        width: arg.width,
+    };
+    condition.holds(&data.args)
+}
+
 #[test]
 fn no_rule_name_or_value_is_redundant() {
     for (profile, _) in all() {
@@ -108,12 +120,18 @@ fn no_rule_name_or_value_is_redundant() {
             for (r, rule) in group.rules.iter().enumerate() {
                 for name in &rule.syscalls {
                     let number = table::number(name).unwrap();
+                    let all = calls_of(&profile, number);
                     let values = rule.args.iter().enumerate();
                     let values =
                         values.flat_map(|(a, arg)| arg.values.iter().map(move |v| (a, *v)));
                     for value in std::iter::once(None).chain(values.map(Some)) {
                         let less = without(&profile, (g, r), name, value);
-                        let differs = calls_of(&profile, number).iter().any(|data| {
+                        // Elsewhere the rule said nothing before either.
+                        let mut touched = all.iter().filter(|data| match value {
+                            None => true,
+                            Some((a, v)) => holds(&rule.args[a], v, data),
+                        });
+                        let differs = touched.any(|data| {
                             reference::decide(&profile, data) != reference::decide(&less, data)
                         });
                         assert!(

@@ -49,6 +49,26 @@ pub fn set_fs_ids(uid: u32, gid: u32) -> io::Result<()> {
     }
 }
 
+/// Runs `act` with these effective ids, which files and terminals made by it then
+/// belong to, and goes back to root: for a process all of whose ids are 0, and which
+/// may not be allowed setfsuid(2). Effective capabilities go and come back with them.
+///
+/// # Errors
+/// What the kernel answers to either change.
+pub fn as_effective<T>(uid: u32, gid: u32, act: impl FnOnce() -> T) -> io::Result<T> {
+    const KEEP: u32 = u32::MAX;
+    // SAFETY: integers only. The group first, while the capability is there.
+    check(unsafe { libc::syscall(libc::SYS_setresgid, KEEP, gid, KEEP) })?;
+    // SAFETY: integers only.
+    let changed = check(unsafe { libc::syscall(libc::SYS_setresuid, KEEP, uid, KEEP) });
+    let result = changed.map(|()| act());
+    // SAFETY: integers only; real and saved ids are still 0.
+    check(unsafe { libc::syscall(libc::SYS_setresuid, KEEP, 0, KEEP) })?;
+    // SAFETY: as above.
+    check(unsafe { libc::syscall(libc::SYS_setresgid, KEEP, 0, KEEP) })?;
+    result
+}
+
 /// Securebits (capabilities(7)).
 pub mod securebits {
     /// Changes of uid don't touch capabilities.

@@ -12,7 +12,7 @@ use seccomp_profiles::{Action, Explainer, Profile, Program, RuleInfo, reference,
 pub const X32: u32 = 0x4000_0000;
 /// How many combinations of arguments of one call of a shipped profile are
 /// tried; more than any of them has.
-const LIMIT: usize = 10_000;
+const LIMIT: usize = 100_000;
 const GARBAGE: u64 = 0xdead_beef_0000_0000;
 /// AUDIT_ARCH_I386, AUDIT_ARCH_AARCH64, AUDIT_ARCH_RISCV64 and none.
 pub const FOREIGN: [u32; 4] = [0x4000_0003, 0xc000_00b7, 0xc000_00f3, 0];
