@@ -75,6 +75,7 @@ vm-test: quick
 
 docs-tables:
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-spec --test documents
+	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-tests --lib ledger
 
 probes: quick
 	@scripts/packages.sh

@@ -17,6 +17,7 @@ pub mod exec;
 pub mod generation;
 pub mod image;
 pub mod leaks;
+pub mod ledger;
 pub mod node;
 pub mod operator;
 pub mod pod;

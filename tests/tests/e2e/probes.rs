@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use casemate_tests::bundle::Task;
+use casemate_tests::ledger;
 use casemate_tests::probes::{self, Answers, PROFILES, Table, WHO};
 use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::world::{binaries, set_mode};
@@ -29,7 +30,10 @@ crate::trials![
 
 /// The trial that needs the others' answers; comes after them.
 pub fn last_trials() -> Vec<libtest_mimic::Trial> {
-    vec![casemate_tests::skip::trial("probes_table", probes_table)]
+    vec![
+        casemate_tests::skip::trial("probes_ledger_is_proved", probes_ledger_is_proved),
+        casemate_tests::skip::trial("probes_table", probes_table),
+    ]
 }
 
 /// Answers by column, as far as they are known in this run.
@@ -300,6 +304,24 @@ fn probes_controls_succeed() -> Outcome {
     ensure!(yes >= 400, "only {yes} probes succeed on the host");
     // Read-only volumes refuse the host's root too, and so on: a few.
     ensure!(no.len() * 10 < yes, "refused on the host: {no:?}");
+    Ok(())
+}
+
+/// What the ledger calls closed is closed.
+fn probes_ledger_is_proved() -> Outcome {
+    casemate_only()?;
+    let control = column("native")?;
+    let mut columns = BTreeMap::new();
+    for name in ["default", "default-all", "default-user"] {
+        columns.insert(name, column(name)?);
+    }
+    let columns = columns
+        .iter()
+        .map(|(name, answers)| (*name, answers))
+        .collect();
+    let whole = std::env::var_os("CASEMATE_WRITE_DOCS").is_some();
+    let wrong = ledger::unproved(&ledger::rows()?, &control, &columns, whole);
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n  "));
     Ok(())
 }
 
