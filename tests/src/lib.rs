@@ -30,6 +30,7 @@ pub mod shim;
 pub mod skip;
 pub mod spec;
 pub mod stdio;
+pub mod strike;
 pub mod trace;
 pub mod world;
 

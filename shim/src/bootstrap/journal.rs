@@ -141,7 +141,10 @@ impl Journal {
         if written != line.len() {
             return Err(io::Error::new(
                 io::ErrorKind::WriteZero,
-                format!("journal line of {} bytes cut after {written}", line.len()),
+                format!(
+                    "no space under the bundle: a line of {} bytes was cut after {written}; free some",
+                    line.len()
+                ),
             ));
         }
         Ok(())

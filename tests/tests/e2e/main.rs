@@ -19,8 +19,10 @@ mod exec;
 mod exec_io;
 mod exec_joins;
 mod faults;
+mod faults_bad;
 mod faults_crowd;
 mod faults_daemon;
+mod faults_exec;
 mod faults_wedge;
 mod hooks;
 mod hostile;
@@ -125,12 +127,15 @@ fn main() -> ExitCode {
         faults_wedge::trials(),
         faults_crowd::trials(),
         faults_daemon::trials(),
+        faults_exec::trials(),
+        faults_bad::trials(),
     ]
     .into_iter()
     .flatten()
     .collect();
     let mut last = probes::last_trials();
     last.extend(hostile_node::exclusive_trials());
+    last.extend(faults_crowd::exclusive_trials());
     let names: Vec<String> = trials
         .iter()
         .chain(&last)
