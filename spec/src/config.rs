@@ -5,7 +5,10 @@
 
 mod annotations;
 mod exec;
+mod host_paths;
+mod images;
 mod network;
+mod sysctls;
 
 use std::fs;
 use std::io;
@@ -19,7 +22,10 @@ use crate::paths::plain_absolute;
 
 pub use annotations::Annotations;
 pub use exec::{Exec, ExecPolicy, ExecUsers};
+pub use host_paths::HostPaths;
+pub use images::Images;
 pub use network::{Metadata, Network, WithoutNftables};
+pub use sysctls::Sysctls;
 
 /// Where the configuration is unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/casemate/config.toml";
@@ -57,6 +63,12 @@ pub struct Config {
     pub annotations: Annotations,
     /// What becomes of execs.
     pub exec: Exec,
+    /// Which of the node's files may be mounted.
+    pub host_paths: HostPaths,
+    /// Which images may run.
+    pub images: Images,
+    /// Sysctls that a pod may set beside the safe ones.
+    pub sysctls: Sysctls,
 }
 
 /// Which of the kernel's ways to take, where it has several.
@@ -203,6 +215,31 @@ pub struct Capabilities {
     /// The list, as a mask.
     #[serde(serialize_with = "write_mask", deserialize_with = "read_mask")]
     pub allow: u64,
+    /// What becomes of a specification that asks for more.
+    pub beyond: Beyond,
+}
+
+/// What becomes of capabilities that are asked for and not granted, those aside
+/// that container engines write into every specification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Beyond {
+    /// The container doesn't start.
+    #[default]
+    Refuse,
+    /// It starts without them.
+    Drop,
+}
+
+/// What container engines grant to everybody, but for the default of `allow`.
+const ENGINES_MORE: [&str; 4] = ["CAP_NET_RAW", "CAP_MKNOD", "CAP_AUDIT_WRITE", "CAP_SETFCAP"];
+
+/// What container engines grant to everybody.
+pub(crate) fn engine_capabilities() -> u64 {
+    let names = DEFAULT_CAPS.iter().chain(&ENGINES_MORE);
+    names
+        .filter_map(|n| caps::number(n))
+        .fold(0, |m, n| m | 1 << n)
 }
 
 /// The fourteen that container engines grant, without those that open kernel
@@ -228,6 +265,7 @@ impl Default for Capabilities {
                 .iter()
                 .filter_map(|n| caps::number(n))
                 .fold(0, |m, n| m | 1 << n),
+            beyond: Beyond::default(),
         }
     }
 }
@@ -401,6 +439,9 @@ impl Config {
         let lists = [
             ("devices.allow", &self.devices.allow),
             ("hooks.allow", &self.hooks.allow),
+            ("host_paths.allow", &self.host_paths.allow),
+            ("host_paths.deny", &self.host_paths.deny),
+            ("host_paths.read_only", &self.host_paths.read_only),
         ];
         for (field, list) in lists {
             for path in list {

@@ -128,7 +128,7 @@ static TABLE: &[Coverage] = &[
     ),
     applied(
         "mounts[].source",
-        "of a bind: absolute, and not the host's /proc or /sys",
+        "of a bind: absolute, and none that host_paths refuses; some are read-only",
     ),
     stricter(
         "mounts[].options",
@@ -153,20 +153,26 @@ static TABLE: &[Coverage] = &[
     ignored("process.commandLine", "for Windows only"),
     applied("process.env", "each with = and without NUL"),
     applied("process.cwd", "absolute"),
-    stricter("process.capabilities.bounding", "cut to capabilities.allow"),
+    stricter(
+        "process.capabilities.bounding",
+        "cut to capabilities.allow; refused where more than engines grant by themselves is asked for",
+    ),
     stricter(
         "process.capabilities.effective",
-        "cut to capabilities.allow",
+        "cut to capabilities.allow; refused where more than engines grant by themselves is asked for",
     ),
     stricter(
         "process.capabilities.inheritable",
-        "cut to capabilities.allow",
+        "cut to capabilities.allow; refused where more than engines grant by themselves is asked for",
     ),
     stricter(
         "process.capabilities.permitted",
-        "cut to capabilities.allow",
+        "cut to capabilities.allow; refused where more than engines grant by themselves is asked for",
     ),
-    stricter("process.capabilities.ambient", "cut to capabilities.allow"),
+    stricter(
+        "process.capabilities.ambient",
+        "cut to capabilities.allow; refused where more than engines grant by themselves is asked for",
+    ),
     applied("process.rlimits[].type", "each once"),
     applied("process.rlimits[].soft", "at most hard"),
     applied("process.rlimits[].hard", ""),
@@ -241,7 +247,7 @@ static TABLE: &[Coverage] = &[
     ),
     applied(
         "linux.sysctl.*",
-        "net.*, kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.*; others are refused",
+        "the safe ones, and of net.*, kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.* those that sysctls.allow names; others are refused",
     ),
     applied("linux.cgroupsPath", "/casemate/<id> when absent"),
     stricter(

@@ -20,6 +20,8 @@ pub mod document;
 pub mod error;
 mod exec;
 pub mod hooks;
+pub mod host_paths;
+mod images;
 mod journal;
 pub mod label;
 pub mod load;
@@ -30,6 +32,7 @@ pub mod process;
 mod resources;
 pub mod rules;
 pub mod schedule;
+pub mod sysctls;
 pub mod tighten;
 pub mod users;
 

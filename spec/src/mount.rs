@@ -128,6 +128,16 @@ pub struct MountSpec {
 }
 
 impl MountSpec {
+    /// Makes it, and all below it, read-only; true if it wasn't.
+    pub fn make_read_only(&mut self) -> bool {
+        let flags = &mut self.flags;
+        let was = flags.attrs.ro && (!flags.rbind || flags.recursive.ro);
+        let written = flags.attrs.ro;
+        flags.attrs.ro = true;
+        flags.recursive.ro |= flags.rbind;
+        !(was || written)
+    }
+
     /// What is mounted below its source later is to arrive in the container.
     #[must_use]
     pub fn receives(&self) -> bool {

@@ -92,6 +92,42 @@ rules! {
         "this sysctl is refused",
         "it isn't separate for each pod, so it would change the node",
         "Use only net.*, kernel.shm*, kernel.msg*, kernel.sem and fs.mqueue.*, or set it on the node.";
+    SYSCTL_UNSAFE = "sysctl-unsafe",
+        "this sysctl isn't one of the safe ones",
+        "it is the pod's own, and opens kernel code or takes memory of the node's all the same",
+        "Use only those that Kubernetes calls safe, or name it in sysctls.allow of the node's configuration.";
+    CAPABILITY = "capability",
+        "these capabilities are refused in this sandbox",
+        "what needs them would fail later, and for no visible reason",
+        "Remove them from securityContext.capabilities.add, name them in capabilities.allow of the node's configuration, or set capabilities.beyond = \"drop\" there.";
+    IMAGE_UNKNOWN = "image-unknown",
+        "an image whose name isn't known is refused",
+        "the node's configuration has rules about names of images",
+        "Start it through CRI with a kubelet of 1.27 or later, which says the name; or remove the rules of [images] from the node's configuration.";
+    IMAGE_DIGEST = "image-digest",
+        "an image by tag is refused",
+        "a tag is what its registry says today, a digest is the image",
+        "Name it as NAME@sha256:DIGEST, or set images.require_digest = false in the node's configuration.";
+    IMAGE_REGISTRY = "image-registry",
+        "an image from this place is refused",
+        "the node's configuration says where images come from",
+        "Use one from there, or add its registry or repository to images.registries of the node's configuration.";
+    HOST_PATH = "host-path",
+        "this path of the node is refused as a volume",
+        "its files run the node: who reads or changes them, or talks to a socket there, has it",
+        "Mount only what is needed from elsewhere, or name the path in host_paths.allow of the node's configuration (not what host_paths.deny names).";
+    HOST_PATH_SOCKET = "host-path-socket",
+        "a socket of the node is refused as a volume",
+        "behind a socket is a service of the node, which has the node's rights",
+        "Use the service by the network, or name the socket or its directory in host_paths.allow of the node's configuration.";
+    HOST_PATH_POD = "host-path-of-pod",
+        "a path of the kubelet's that isn't this pod's is refused as a volume",
+        "the kubelet's directory has the volumes, tokens and secrets of every pod",
+        "Mount volumes by volumeMounts of the pod that has them; if the kubelet's --root-dir is elsewhere, set host_paths.kubelet in the node's configuration.";
+    HOST_PATH_NOT_ALLOWED = "host-path-not-allowed",
+        "this path of the node isn't one of those allowed as volumes",
+        "the node's configuration has host_paths.only_allowed",
+        "Use another kind of volume, or name the path in host_paths.allow of the node's configuration.";
     ROOTFS_PROPAGATION = "rootfs-propagation",
         "this propagation of the root is refused",
         "mounts made in the sandbox must not reach the host",

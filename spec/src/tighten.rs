@@ -10,10 +10,12 @@ use serde_json::Value;
 use crate::annotations::{Annotations, Effective, NodeProfile};
 use crate::caps::{self, Caps};
 use crate::clock::{self, ClockOffset};
-use crate::config::{Config, Sandbox};
+use crate::config::{self, Beyond, Config, Sandbox};
 use crate::devices::{self, DeviceSpec, NodeDevice};
 use crate::error::{Refusal, one_line};
 use crate::hooks::{self, HookSpecs};
+use crate::host_paths::Owner;
+use crate::images;
 use crate::journal::{Decision, Journal};
 use crate::label::{self, Lsm};
 use crate::load::{Loaded, PodIdentity};
@@ -23,10 +25,11 @@ use crate::paths::{plain, plain_absolute};
 use crate::process::{self, ProcessSpec};
 use crate::resources;
 use crate::rules::{
-    CGROUP_PATH, HOST_IPC, HOST_MOUNT, HOST_NETWORK, HOST_PID, NAMESPACE_LIST, PATH, PERSONALITY,
-    PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, SYSCTL, UNSUPPORTED,
+    CAPABILITY, CGROUP_PATH, HOST_IPC, HOST_MOUNT, HOST_NETWORK, HOST_PID, NAMESPACE_LIST, PATH,
+    PERSONALITY, PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, UNSUPPORTED,
 };
 use crate::schedule;
+use crate::sysctls;
 use crate::users::{self, PodUsers};
 
 /// Facts of the moment that the specification doesn't hold.
@@ -77,6 +80,8 @@ pub struct Tightened {
     pub oci_version: String,
     /// Whose container this is.
     pub pod: PodIdentity,
+    /// By what its own directories on the node are known.
+    pub owner: Owner,
     /// The first process.
     pub process: ProcessSpec,
     /// `hostname`.
@@ -164,6 +169,7 @@ pub fn tighten(
     config: &Config,
     context: &Context<'_>,
 ) -> Result<Tightened, Refusal> {
+    let owner = Owner::of(&loaded);
     let Loaded {
         spec,
         seccomp,
@@ -180,6 +186,7 @@ pub fn tighten(
     // What a person most likely did comes first, as that is what they read.
     refuse_privileged(&spec, linux)?;
     let namespaces = namespaces(linux, &config.sandbox)?;
+    images::check(&pod, &config.images)?;
     let mut asked = Annotations::read(&annotations)?;
     if let Some(pod) = context.pod {
         asked = asked.within(pod)?;
@@ -226,6 +233,7 @@ pub fn tighten(
         .as_ref()
         .map(|sets| Caps::from(sets).union())
         .unwrap_or_default();
+    refuse_capabilities(asked_capabilities, effective.capabilities, config)?;
     let process = process::check(process, effective.capabilities, force, &mut journal)?;
     let process = ProcessSpec {
         schedule,
@@ -280,13 +288,14 @@ pub fn tighten(
         oci_version: spec.version().clone(),
         hostname: host_name("hostname", spec.hostname().as_deref())?,
         domainname: host_name("domainname", spec.domainname().as_deref())?,
-        sysctl: sysctls(linux, &namespaces)?,
+        sysctl: sysctls::check(linux, &namespaces, &config.sysctls)?,
         rootfs_propagation: rootfs_propagation(linux)?,
         clocks: clock::offsets(linux)?,
         hooks,
         cgroups_path: cgroups_path(linux, context.id)?,
         readonly_rootfs: root.readonly().unwrap_or(false),
         pod,
+        owner,
         process,
         namespaces,
         users,
@@ -327,6 +336,18 @@ fn refuse_privileged(spec: &Spec, linux: &Linux) -> Result<(), Refusal> {
         return Err(Refusal::new(&PRIVILEGED, "securityContext.privileged", ""));
     }
     Ok(())
+}
+
+/// What container engines grant to everybody is dropped where the policy hasn't
+/// it, as nobody may have asked for it. More than that somebody has.
+fn refuse_capabilities(asked: u64, granted: u64, config: &Config) -> Result<(), Refusal> {
+    let config = &config.capabilities;
+    let more = asked & caps::ALL & !(config::engine_capabilities() | config.allow | granted);
+    if more == 0 || config.beyond == Beyond::Drop {
+        return Ok(());
+    }
+    let detail = caps::names(more).join(", ");
+    Err(Refusal::new(&CAPABILITY, "process.capabilities", detail))
 }
 
 fn names(linux: &Linux, typ: LinuxNamespaceType) -> bool {
@@ -459,46 +480,6 @@ fn host_name(field: &str, name: Option<&str>) -> Result<Option<String>, Refusal>
         }
         Some(n) => Ok(Some(n.to_owned())),
     }
-}
-
-/// Those that a network or ipc namespace has for itself, see
-/// network_namespaces(7) and ipc_namespaces(7).
-fn sysctls(linux: &Linux, namespaces: &Namespaces) -> Result<BTreeMap<String, String>, Refusal> {
-    let mut sysctls = BTreeMap::new();
-    for (key, value) in linux.sysctl().iter().flatten() {
-        let no = |why: &str| {
-            let shown = one_line(key);
-            Err(Refusal::new(
-                &SYSCTL,
-                "linux.sysctl",
-                format!("{shown}{why}"),
-            ))
-        };
-        // The name becomes a path below /proc/sys.
-        let plain = key.split(['.', '/']).all(|part| {
-            !part.is_empty()
-                && part
-                    .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
-        });
-        if !plain || value.contains('\0') {
-            return no(" is not a plain name and value");
-        }
-        let dotted = key.replace('/', ".");
-        let ipc = dotted == "kernel.sem"
-            || ["kernel.shm", "kernel.msg", "fs.mqueue."]
-                .iter()
-                .any(|p| dotted.starts_with(p));
-        if dotted.starts_with("net.") {
-            if namespaces.network == Namespace::Host {
-                return no(" would change the host's network");
-            }
-        } else if !ipc {
-            return no("");
-        }
-        sysctls.insert(key.clone(), value.clone());
-    }
-    Ok(sysctls)
 }
 
 fn rootfs_propagation(linux: &Linux) -> Result<Option<PropagationKind>, Refusal> {

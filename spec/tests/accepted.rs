@@ -177,10 +177,11 @@ fn every_capability_is_cut_to_the_policy_and_only_that() {
             ("/process/capabilities/inheritable", all),
         ],
     );
-    let caps = accepted(&bytes).process.caps;
+    let drop = config("[capabilities]\nbeyond = \"drop\"");
+    let caps = policy(&bytes, &drop).unwrap().process.caps;
     assert_eq!(caps::names(caps.bounding), POLICY);
     assert_eq!(caps::names(caps.ambient), POLICY);
-    let only = config("[capabilities]\nallow = [\"chown\", \"CAP_SYS_ADMIN\"]");
+    let only = config("[capabilities]\nallow = [\"chown\", \"CAP_SYS_ADMIN\"]\nbeyond = \"drop\"");
     let caps = policy(&bytes, &only).unwrap().process.caps;
     assert_eq!(caps::names(caps.bounding), ["CAP_CHOWN", "CAP_SYS_ADMIN"]);
     assert_eq!(

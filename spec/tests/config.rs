@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use casemate_spec::config::{Capabilities, Level, Profile, Volumes, WithoutIdmap};
+use casemate_spec::config::{Beyond, Capabilities, Level, Profile, Volumes, WithoutIdmap};
 use casemate_spec::{Config, caps};
 
 struct Dir(PathBuf);
@@ -132,7 +132,10 @@ fn a_mistake_is_named_with_its_file_and_key() {
 fn what_is_written_out_reads_back() {
     let config = Config {
         profile: Profile::Compat,
-        capabilities: Capabilities { allow: 1 | 1 << 21 },
+        capabilities: Capabilities {
+            allow: 1 | 1 << 21,
+            beyond: Beyond::Drop,
+        },
         volumes: Volumes {
             without_idmap: WithoutIdmap::PassThrough,
         },

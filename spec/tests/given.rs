@@ -4,7 +4,7 @@
 mod common;
 
 use casemate_spec::{Config, Context, Lsm, NodeDevice, load, tighten};
-use common::{CONTEXT, CTR_1_6, accepted, config, policy, with};
+use common::{CONTEXT, CTR_1_6, accepted, config, policy, refusal, with};
 use serde_json::{Value, json};
 
 #[test]
@@ -160,4 +160,20 @@ fn labels_pass_where_the_node_has_them() {
         &[("/process/apparmorProfile", "unconfined".into())],
     ));
     assert_eq!(unconfined.process.apparmor_profile, None);
+}
+
+#[test]
+fn a_section_with_nothing_in_it_asks_for_nothing() {
+    accepted(&with(
+        CTR_1_6,
+        &[
+            ("/hooks", json!({"prestart": [], "poststop": null})),
+            ("/linux/intelRdt", json!({})),
+        ],
+    ));
+    let moved = refusal(&with(
+        CTR_1_6,
+        &[("/linux/netDevices", json!({"eth0": {}}))],
+    ));
+    assert_eq!(moved.field, "linux.netDevices", "a device by its own name");
 }

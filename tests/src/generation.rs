@@ -201,6 +201,7 @@ fn version_2(dir: &Path, shim: &Path) -> String {
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.casemate]
       runtime_type = "io.containerd.casemate.v2"
       pod_annotations = ["casemate.io/*"]
+      container_annotations = ["casemate.io/*"]
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.casemate-by-path]
       runtime_type = "io.containerd.runc.v2"
       runtime_path = "{shim}"
@@ -238,6 +239,7 @@ fn version_3(dir: &Path, shim: &Path) -> String {
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.casemate]
       runtime_type = "io.containerd.casemate.v2"
       pod_annotations = ["casemate.io/*"]
+      container_annotations = ["casemate.io/*"]
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.casemate-by-path]
       runtime_type = "io.containerd.runc.v2"
       runtime_path = "{shim}"

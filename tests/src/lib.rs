@@ -30,7 +30,6 @@ pub mod shim;
 pub mod skip;
 pub mod spec;
 pub mod stdio;
-pub mod strike;
 pub mod trace;
 pub mod world;
 

@@ -240,7 +240,7 @@ pub fn config(hostname: &str, cgroup_parent: &str) -> Vec<u8> {
         field(2, b"pod.example"),
         field(3, b"ndots:5"),
     ];
-    let sysctl = [field(1, b"net.ipv4.ip_default_ttl"), field(2, b"77")];
+    let sysctl = [field(1, b"net.ipv4.tcp_fin_timeout"), field(2, b"77")];
     let linux = [
         field(1, cgroup_parent.as_bytes()),
         field(3, &sysctl.concat()),

@@ -141,10 +141,7 @@ impl Journal {
         if written != line.len() {
             return Err(io::Error::new(
                 io::ErrorKind::WriteZero,
-                format!(
-                    "no space under the bundle: a line of {} bytes was cut after {written}; free some",
-                    line.len()
-                ),
+                format!("journal line of {} bytes cut after {written}", line.len()),
             ));
         }
         Ok(())

@@ -13,6 +13,7 @@ pub mod lsm;
 pub mod network;
 pub mod rootfs;
 pub mod scope;
+pub mod sources;
 pub mod staging;
 pub mod userns;
 pub mod users;

@@ -58,13 +58,11 @@ struct Opening<'a> {
     object: String,
 }
 
-/// Opens the bind that `spec` describes.
-pub fn open(spec: &MountSpec, terms: &Terms<'_>) -> Result<Volume, SandboxError> {
-    let object = format!("mount source {} (for {})", spec.source, spec.destination);
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let source = rustix::fs::open(&*spec.source, flags, Mode::empty()).step("open", &object)?;
+/// Makes the bind that `spec` describes, of its source.
+pub fn open(spec: &MountSpec, source: &OwnedFd, terms: &Terms<'_>) -> Result<Volume, SandboxError> {
+    let object = super::sources::object(spec);
     let receives = spec.receives();
-    if receives && !mounts::tells(&source).step("look at", &object)? {
+    if receives && !mounts::tells(source).step("look at", &object)? {
         return Err(SandboxError::Invalid(format!(
             "{object}: {} asks for mounts that are made later, and the host's mount there is \
              private; share it (mount --make-rshared), or use mountPropagation None",
@@ -84,7 +82,7 @@ pub fn open(spec: &MountSpec, terms: &Terms<'_>) -> Result<Volume, SandboxError>
         },
         object,
     };
-    opening.open(&source)
+    opening.open(source)
 }
 
 impl Opening<'_> {

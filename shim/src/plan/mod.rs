@@ -23,8 +23,8 @@ pub enum Staged {
     Dev(Vec<(String, Option<String>)>, u64, Vec<DeviceSpec>),
     /// /sys of the pod's network.
     Sysfs,
-    /// A bind of the host.
-    Bind(MountSpec),
+    /// A bind of the host, with its number among the mounts.
+    Bind(usize, MountSpec),
     /// The container's cgroups, v1.
     CgroupV1,
 }
@@ -91,7 +91,7 @@ pub fn container(
                 // Whether it is a directory is known when it is opened.
                 stage(
                     format!("m{i}"),
-                    Staged::Bind(mount.clone()),
+                    Staged::Bind(i, mount.clone()),
                     true,
                     mount.flags.rbind,
                 )

@@ -48,7 +48,6 @@ pub enum Record {
         total: u64,
     },
     /// A process was run in a container by request.
-    #[allow(dead_code)]
     Exec {
         /// Container id.
         container: String,
@@ -63,9 +62,11 @@ pub enum Record {
         user: String,
         /// It has a terminal.
         terminal: bool,
+        /// Whose container it is.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        kubernetes: Option<Kubernetes>,
     },
     /// Such a process has ended.
-    #[allow(dead_code)]
     ExecEnd {
         /// Container id.
         container: String,
@@ -111,6 +112,23 @@ pub enum Record {
         /// How many since the last record of this sort.
         count: u64,
     },
+}
+
+/// What CRI says of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Kubernetes {
+    /// Name of the pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// Its namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Its uid.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uid: Option<String>,
+    /// Name of the container.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
 }
 
 impl Record {

@@ -25,6 +25,7 @@ use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::Step;
 use crate::host::hooks::Runner;
 use crate::host::scope::Holder;
+use crate::host::sources::{self, Sources};
 use crate::host::staging::Staging;
 use crate::plan;
 
@@ -94,7 +95,7 @@ pub(super) async fn create(
     pod: &Sandbox,
     request: ContainerRequest,
 ) -> Result<(Arc<Container>, Spawned), SandboxError> {
-    let spec = read_spec(
+    let mut spec = read_spec(
         &request.bundle,
         &request.id,
         &pod.config,
@@ -108,6 +109,7 @@ pub(super) async fn create(
     )?;
     users::check(spec.users.as_ref(), pod.users.as_ref(), &pod.userns)?;
     let filter = plan::filter(spec.seccomp.as_ref())?;
+    let sources = sources::open(&mut spec, &pod.config.host_paths, &request.bundle)?;
     let directory = {
         let mut next = pod.next.lock().unwrap_or_else(PoisonError::into_inner);
         *next += 1;
@@ -127,7 +129,7 @@ pub(super) async fn create(
         staging: &pod.staging,
         directory: &directory,
     };
-    let place = (&*directory, joined.as_ref());
+    let place = (&*directory, joined.as_ref(), sources);
     let launched = launch(pod, &request, &spec, &filter, &cgroup, holder, place).await;
     let launched = launched.and_then(|(forker, forker_pid, forker_pidfd, spawned)| {
         let init = spawned.pidfd.try_clone().step("copy", "pidfd")?;
@@ -189,7 +191,7 @@ async fn launch(
     filter: &(Vec<u8>, u32),
     cgroup: &Cgroup,
     holder: Option<Holder>,
-    (directory, joined): (&str, Option<&OwnedFd>),
+    (directory, joined, sources): (&str, Option<&OwnedFd>, Sources),
 ) -> Result<Launched, SandboxError> {
     if let Some(resources) = &spec.resources {
         for warning in cgroup
@@ -199,7 +201,7 @@ async fn launch(
             log::warn!("container {}: {warning}", request.id);
         }
     }
-    let mut plan = mounts::stage(pod, request, spec, cgroup, directory)?;
+    let mut plan = mounts::stage(pod, request, spec, cgroup, (directory, sources))?;
     plan.joins_pids = joined.is_some();
     let sealed = seal_plan(&plan)
         .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
@@ -514,6 +516,11 @@ impl Container {
                 .inspect_err(|_| self.cut_off())?;
         }
         Ok(spawned)
+    }
+
+    /// What it was made of, and by which configuration.
+    pub fn policy(&self) -> (&Tightened, &Config) {
+        (&self.spec, &self.config)
     }
 
     /// The next exit; `None` when the forker is gone and no more will come

@@ -6,6 +6,7 @@ use casemate_spec::Tightened;
 use casemate_sys::mount::attr;
 
 use super::{ContainerRequest, Sandbox, SandboxError};
+use crate::host::sources::Sources;
 use crate::host::{Step, cgroup_view, dev, rootfs, volume};
 use crate::plan::{self, Staged};
 
@@ -15,7 +16,7 @@ pub fn stage(
     request: &ContainerRequest,
     spec: &Tightened,
     cgroup: &Cgroup,
-    directory: &str,
+    (directory, mut sources): (&str, Sources),
 ) -> Result<LaunchPlan, SandboxError> {
     let v2 = pod.hierarchy.is_v2();
     let mut launch = plan::container(spec, &pod.config, directory, pod.landlock, v2)?;
@@ -56,8 +57,8 @@ pub fn stage(
                 controllers = cgroup_view::each(cgroup)?;
                 cgroup_view::base(&controllers).step("make", "/sys/fs/cgroup")?
             }
-            Staged::Bind(mount) => {
-                let volume = volume::open(mount, &terms)?;
+            Staged::Bind(number, mount) => {
+                let volume = volume::open(mount, &sources.take(*number)?, &terms)?;
                 below.push((entries.len(), volume.below));
                 let is_directory = volume.directory;
                 for entry in &mut launch.plan.mounts {

@@ -13,6 +13,7 @@ use containerd_shim_protos::shim::oci::Options;
 use containerd_shim_protos::topics;
 use protobuf::{Message, MessageField};
 
+use super::exec_record;
 use crate::bootstrap::delete::POD_LINK;
 use crate::bootstrap::journal::Entry;
 use crate::bootstrap::spec::Spec;
@@ -293,7 +294,10 @@ async fn start_exec(pod: &Pod, task: &Arc<Task>, exec_id: &str) -> Result<u32, S
             return Err(error);
         }
     };
-    task.start_exec(&process, stdio, Arc::new(streams)).await
+    let streams = Arc::new(streams);
+    let pid = task.start_exec(&process, stdio, streams).await?;
+    exec_record::keep(pod, task, &process);
+    Ok(pid)
 }
 
 /// Registers an exec.

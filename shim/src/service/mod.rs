@@ -6,6 +6,7 @@
 //! and the handler only waits for it.
 
 mod control;
+mod exec_record;
 mod inspect;
 mod lifecycle;
 mod operator;

@@ -2,20 +2,17 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use casemate_tests::bundle::Task;
 use casemate_tests::exec::Exec;
-use casemate_tests::image::catalog;
 use casemate_tests::node::Traces;
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
-use casemate_tests::skip::{Outcome, Stop, fail};
-use casemate_tests::{World, ensure, leaks, pod, procs};
+use casemate_tests::skip::{Outcome, Stop};
+use casemate_tests::{ensure, leaks, pod, procs};
 
 use crate::common::{LONG, casemate_only};
-use crate::daemon;
 use crate::faults_wedge::children;
 
 crate::trials![
@@ -23,14 +20,6 @@ crate::trials![
     fault_rounds_of_pods_leave_nothing,
     fault_crowd_in_one_pod,
 ];
-
-/// What takes the whole machine runs alone, after everything else.
-pub fn exclusive_trials() -> Vec<libtest_mimic::Trial> {
-    vec![casemate_tests::skip::trial(
-        "fault_crowd_of_pods",
-        fault_crowd_of_pods,
-    )]
-}
 
 fn number(variable: &str, otherwise: usize) -> usize {
     std::env::var(variable)
@@ -271,74 +260,4 @@ fn fault_crowd_in_one_pod() -> Outcome {
         pod::end(task)?;
     }
     Ok(pause.finish()?)
-}
-
-fn fault_crowd_of_pods() -> Outcome {
-    casemate_only()?;
-    let count = number("CASEMATE_TEST_CROWD", 100);
-    let world = World::get()?;
-    let ctr = daemon::ctr()?;
-    let ids: Vec<String> = (0..count).map(|_| world.id("pods")).collect();
-    let begun = Instant::now();
-    let mut starts: Vec<(&String, std::process::Child)> = Vec::new();
-    for id in &ids {
-        let mut command: Command = ctr.command(&[
-            "run",
-            "-d",
-            "--null-io",
-            "--runtime",
-            world.runtime(),
-            catalog::BASE,
-            id,
-            "/bin/probe",
-            "sleep",
-        ]);
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        starts.push((id, command.spawn()?));
-    }
-    let mut failed = Vec::new();
-    for (id, start) in starts {
-        let output = start.wait_with_output()?;
-        if !output.status.success() {
-            failed.push(format!("{id}: {}", String::from_utf8_lossy(&output.stderr)));
-        }
-    }
-    let took = begun.elapsed();
-    let list = ctr.run(&["task", "ls"], LONG)?.out();
-    let running = ids
-        .iter()
-        .filter(|id| {
-            list.lines()
-                .any(|l| l.starts_with(*id) && l.contains("RUNNING"))
-        })
-        .count();
-    let shims: Vec<u32> = ids.iter().flat_map(|id| procs::with_command(id)).collect();
-    println!(
-        "{count} pods at once: {took:?}, {} kB PSS in all",
-        pss(&shims)
-    );
-    let in_time = took < Duration::from_secs(120);
-    for id in &ids {
-        let _ = ctr.run(&["task", "kill", "-s", "SIGKILL", id], LONG);
-    }
-    for id in &ids {
-        let _ = ctr.run(&["task", "delete", "-f", id], LONG);
-        let _ = ctr.run(&["container", "delete", id], LONG);
-    }
-    ensure!(
-        failed.is_empty(),
-        "{} of {count} failed: {:?}",
-        failed.len(),
-        failed.first()
-    );
-    ensure!(running == count, "{running} of {count} run: {list}");
-    ensure!(in_time, "all {count} run only after {took:?}");
-    let left = || -> usize { ids.iter().map(|id| leaks::cgroups_with(id).len()).sum() };
-    if until("a clean host", Duration::from_secs(10), || left() == 0).is_err() {
-        return fail(format!("{} cgroups left", left()));
-    }
-    Ok(())
 }

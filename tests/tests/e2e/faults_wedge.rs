@@ -232,7 +232,7 @@ fn traced_sleeper(name: &str) -> Result<(Task, Traces), Stop> {
     Ok((task, traces))
 }
 
-pub fn victim(task: &Task, name: &str) -> Result<u32, Stop> {
+fn victim(task: &Task, name: &str) -> Result<u32, Stop> {
     match inside(task.shim_pid()?).get(name) {
         Some(pid) => Ok(*pid),
         None => fail(format!("no {name} found")),

@@ -285,7 +285,7 @@ pub fn wrap(task: &mut Task, prepare: &str, exec: &str) -> Outcome {
 const TRUE: &[&str] = &["/bin/true"];
 
 /// A private mount namespace for the rest of a shell script.
-pub const OWN_MOUNTS: &str =
+const OWN_MOUNTS: &str =
     "[ -n \"$OWN\" ] || OWN=1 exec unshare --mount --propagation private \"$0\" \"$@\"";
 
 fn hostile_masked_proc_on_the_node() -> Outcome {

@@ -19,10 +19,8 @@ mod exec;
 mod exec_io;
 mod exec_joins;
 mod faults;
-mod faults_bad;
 mod faults_crowd;
 mod faults_daemon;
-mod faults_exec;
 mod faults_wedge;
 mod hooks;
 mod hostile;
@@ -42,6 +40,7 @@ mod operator;
 mod pause;
 mod pods;
 mod pods_life;
+mod policy;
 mod probes;
 mod probes_outside;
 mod probes_topics;
@@ -114,6 +113,7 @@ fn main() -> ExitCode {
         probes_outside::trials(),
         hostile::trials(),
         hostile_node::trials(),
+        policy::trials(),
         hostile_agent::trials(),
         hostile_shape::trials(),
         bad_input::trials(),
@@ -127,15 +127,12 @@ fn main() -> ExitCode {
         faults_wedge::trials(),
         faults_crowd::trials(),
         faults_daemon::trials(),
-        faults_exec::trials(),
-        faults_bad::trials(),
     ]
     .into_iter()
     .flatten()
     .collect();
     let mut last = probes::last_trials();
     last.extend(hostile_node::exclusive_trials());
-    last.extend(faults_crowd::exclusive_trials());
     let names: Vec<String> = trials
         .iter()
         .chain(&last)

@@ -6,11 +6,12 @@ use std::os::unix::fs::MetadataExt;
 use casemate_tests::bundle::Task;
 use casemate_tests::procs::field;
 use casemate_tests::shim::SHORT;
-use casemate_tests::skip::Outcome;
+use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::{ensure, ensure_eq, procs, spec};
 use serde_json::json;
 
 use crate::common::{casemate_only, expect_text, null_mode, run, sh};
+use crate::hostile_node::configure;
 
 crate::trials![
     sandbox_user_namespace,
@@ -135,7 +136,7 @@ fn sandbox_files_on_disk_belong_to_root() -> Outcome {
 }
 
 /// A task with every capability that the kernel knows in its spec.
-fn powerful(name: &str, script: &str) -> casemate_tests::Result<Task> {
+fn powerful(name: &str, script: &str) -> Result<Task, Stop> {
     let mut task = Task::new(name, &["/bin/sh", "-c", script])?;
     let mut all: Vec<&str> = spec::DEFAULT_CAPABILITIES.to_vec();
     all.extend([
@@ -147,6 +148,7 @@ fn powerful(name: &str, script: &str) -> casemate_tests::Result<Task> {
     for set in ["bounding", "effective", "permitted"] {
         task.spec["process"]["capabilities"][set] = json!(all);
     }
+    configure(&mut task, &format!("[capabilities]\nallow = {all:?}\n"))?;
     Ok(task)
 }
 

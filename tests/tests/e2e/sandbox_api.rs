@@ -227,11 +227,11 @@ fn c140_made_as_the_configuration_says() -> Outcome {
             .out())
     };
     ensure_eq!(inside(&["hostname"])?.trim(), "web-0", "host name");
-    let ttl = inside(&["cat", "/proc/sys/net/ipv4/ip_default_ttl"])?;
-    ensure_eq!(ttl.trim(), "77", "sysctl");
+    let timeout = inside(&["cat", "/proc/sys/net/ipv4/tcp_fin_timeout"])?;
+    ensure_eq!(timeout.trim(), "77", "sysctl");
     ensure_eq!(
-        fs::read_to_string("/proc/sys/net/ipv4/ip_default_ttl")?.trim(),
-        "64",
+        fs::read_to_string("/proc/sys/net/ipv4/tcp_fin_timeout")?.trim(),
+        "60",
         "control: the host's own"
     );
     // The pod's numbers are those of its parent, which covers containers too.

@@ -348,6 +348,7 @@ fn volumes_special_files() -> Outcome {
     let script = "probe dial /run/s; cat /run/f; cat /run/d 2>/dev/null || echo nodev";
     let mut task = shell("volspec", script)?;
     let at = dir(&task, "volume")?;
+    configure(&mut task, &format!("[host_paths]\nallow = [{at:?}]\n"))?;
     let listener = UnixListener::bind(at.join("s"))?;
     // For root alone: mapped, so the container's root is who may.
     set_mode(&at.join("s"), 0o600)?;

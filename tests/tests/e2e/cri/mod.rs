@@ -12,6 +12,7 @@ mod life;
 mod limits;
 mod network;
 mod node;
+mod policy;
 mod refuse;
 mod sandboxer;
 mod security;
@@ -82,6 +83,7 @@ pub fn trials() -> Vec<Trial> {
         life::TESTS,
         limits::TESTS,
         network::TESTS,
+        policy::TESTS,
         refuse::TESTS,
         security::TESTS,
         stream::TESTS,
