@@ -6,6 +6,7 @@
 #   make e2e T=c041      end-to-end tests whose name has this in it
 #   make e2e T=cri21     those on one containerd: cri16, cri17, cri21, cri23
 #   make conformance     docs/conformance.md from the results of make e2e
+#   make compatibility docs/compatibility.md: real programs under each profile, measured
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
@@ -23,7 +24,7 @@ BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
 VM_SUITES ?= bookworm bookworm:systemd sid sid:systemd
 
-.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance vm-test docs-tables probes run bench dist clean
+.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility vm-test docs-tables probes run bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,7 +50,7 @@ unit: quick
 deny:
 	@scripts/deny.sh
 
-test: unit e2e e2e-older
+test: unit e2e e2e-older compat
 
 # Other generations of containerd, and what the tests of CRI need.
 daemons:
@@ -68,6 +69,15 @@ e2e-older: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_TEST_LIST=$(CURDIR)/tests/vm-trials.txt \
 	  CASEMATE_CONFIG=$(CURDIR)/tests/older-kernel.toml \
 	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e
+
+# Real programs under each profile: some, or all of them and the page about it.
+compat: quick
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
+	  $(CARGO) test --profile quick --locked -p casemate-tests --test compat -- some $(T)
+
+compatibility: quick
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_WRITE_DOCS=$(if $(T),,1) \
+	  $(CARGO) test --profile quick --locked -p casemate-tests --test compat -- all $(T)
 
 vm-test: quick
 	$(CARGO) test --profile quick --locked -p casemate-tests --test e2e --no-run
