@@ -63,7 +63,7 @@ done
 echo "app:x:1000:1000::/tmp:/bin/bash" >>"$root/etc/passwd"
 echo "app:x:1000:" >>"$root/etc/group"
 echo "127.0.0.1 localhost" >"$root/etc/hosts"
-for link in awk:mawk java:/usr/lib/jvm/java-17-openjdk-amd64/bin/java; do
+for link in awk:mawk cc:gcc c99:gcc java:/usr/lib/jvm/java-17-openjdk-amd64/bin/java; do
   [ -e "$root/usr/bin/${link%%:*}" ] || ln -s "${link#*:}" "$root/usr/bin/${link%%:*}"
 done
 ldconfig -r "$root"

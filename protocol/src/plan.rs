@@ -14,8 +14,6 @@ pub struct PodPlan {
     pub sysctls: Vec<(String, String)>,
     /// The agent's own filter (`struct sock_filter` array).
     pub filter: Vec<u8>,
-    /// Scope signals and abstract sockets to the pod with Landlock.
-    pub landlock: bool,
 }
 
 /// How the container's tree is assembled, and how its forker locks itself.
@@ -60,6 +58,9 @@ pub struct LaunchPlan {
     pub own_filters: bool,
     /// Join the pid namespace that comes with the plan, rather than make one.
     pub joins_pids: bool,
+    /// The network isn't the pod's own: keep abstract sockets to the container, with
+    /// Landlock.
+    pub shares_network: bool,
 }
 
 /// How the first process of the pod's pid namespace locks itself.

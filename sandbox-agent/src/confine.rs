@@ -50,15 +50,6 @@ const RLIMIT_CORE: u32 = 4;
 /// and a profile may leave it to a container.
 pub fn agent(plan: &PodPlan) -> Result<(), StepError> {
     process::set_limit(0, RLIMIT_CORE, 0, 0).at("limit", "core size")?;
-    if plan.landlock {
-        let abi = landlock::abi();
-        if abi >= 6 {
-            // No file system rights are handled, so mounting stays possible.
-            Ruleset::new(abi, 0, scope::SIGNAL | scope::ABSTRACT_UNIX_SOCKET)
-                .and_then(Ruleset::restrict_self)
-                .at("restrict with Landlock", "agent")?;
-        }
-    }
     ident::limit_bounding(AGENT_CAPS).at("limit", "bounding set")?;
     ident::set_caps(CapSets {
         effective: AGENT_CAPS,
@@ -91,7 +82,7 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<(), StepError> {
         ident::set_no_new_privs().at("set", "no_new_privs")?;
     }
     if plan.landlock {
-        landlock_container(plan.landlock_reads, who).at("restrict with Landlock", "container")?;
+        landlock_container(plan, who).at("restrict with Landlock", "container")?;
     }
     // Without no_new_privs the filter needs CAP_SYS_ADMIN, so it comes before
     // the capabilities go.
@@ -117,17 +108,26 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<(), StepError> {
 ///
 /// Truncation is among what each open is asked for, so handling it, or plain
 /// reads, makes every open walk its path again. Without `reads` those two are left to the mounts and modes.
-fn landlock_container(reads: bool, who: &Who<'_>) -> std::io::Result<()> {
+///
+/// All of it is one domain, the only one that a process is in: any other, also one
+/// without file system rights (the agent's, say), would forbid all links and
+/// renames from one directory to another (LANDLOCK_ACCESS_FS_REFER is denied by
+/// each domain that has no rule for it), and programs don't expect that.
+fn landlock_container(plan: &LaunchPlan, who: &Who<'_>) -> std::io::Result<()> {
     let (root, program) = match who {
         Who::Forker => ("/", None),
         Who::Hook(program) => (NEW_ROOT, Some(program)),
     };
     let abi = landlock::abi();
     let mut all = landlock::all_fs_rights(abi);
-    if !reads && program.is_none() {
+    if !plan.landlock_reads && program.is_none() {
         all &= !(fs::READ_FILE | fs::TRUNCATE);
     }
-    let rules = Ruleset::new(abi, all, 0)?;
+    let scopes = match plan.shares_network && abi >= 6 {
+        true => scope::ABSTRACT_UNIX_SOCKET,
+        false => 0,
+    };
+    let rules = Ruleset::new(abi, all, scopes)?;
     let open =
         |path: &str| rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     let everyday = all & !(fs::IOCTL_DEV | fs::MAKE_CHAR | fs::MAKE_BLOCK);

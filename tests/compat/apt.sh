@@ -8,6 +8,10 @@ dpkg-deb --root-owner-group -b p /repo/greet.deb >/dev/null
 (cat p/DEBIAN/control; printf 'Filename: ./greet.deb\nSize: %s\nSHA256: %s\n' "$(stat -c %s /repo/greet.deb)" "$(sha256sum /repo/greet.deb | cut -d' ' -f1)") >/repo/Packages
 mkdir -p /etc/apt/sources.list.d /etc/apt/apt.conf.d /etc/apt/preferences.d /var/lib/apt/lists/partial /var/cache/apt/archives/partial /var/log/apt /var/lib/dpkg/updates /var/lib/dpkg/triggers
 touch /var/lib/dpkg/available; rm -f /etc/apt/sources.list.d/*; echo 'deb [trusted=yes] file:/repo ./' >/etc/apt/sources.list
-apt-get -q update && apt-get -q -y install greet
-[ "$(greet)" = hello ] && [ -e /var/lib/greet-was-here ] && [ "$(stat -c %U /usr/bin/greet)" = app ]
-apt-get -q -y purge greet && ! command -v greet
+apt-get -q update
+apt-get -q -y install greet
+[ "$(greet)" = hello ]
+[ -e /var/lib/greet-was-here ]
+[ "$(stat -c %U /usr/bin/greet)" = app ]
+apt-get -q -y purge greet
+if command -v greet; then exit 1; fi

@@ -1,6 +1,7 @@
 # what: gcc and make: a C project of several files with a library, threads and openmp, in parallel, linked both ways
 # packages: gcc make libc6-dev binutils
-mkdir -p p && cd p
+mkdir -p p
+cd p
 for i in 1 2 3 4 5 6; do printf 'int f%s(int x) { return x + %s; }\n' $i $i >f$i.c; done
 cat >main.c <<'END'
 #include <pthread.h>

@@ -1,7 +1,8 @@
 # what: redis-server as another user, with a benchmark, a snapshot by fork and an append-only file
 # packages: redis-server redis-tools util-linux
 # set: some
-mkdir -p d && chown redis d
+mkdir -p d
+chown redis d
 setpriv --reuid redis --regid redis --clear-groups redis-server --dir "$PWD/d" --bind 127.0.0.1 --appendonly yes --daemonize no >log 2>&1 &
 n=0; until [ "$(redis-cli ping 2>/dev/null)" = PONG ]; do n=$((n + 1)); [ $n -lt 100 ] || { cat log; exit 1; }; sleep 0.1; done
 redis-benchmark -q -n 5000 -c 20 -t set,get,lpush

@@ -15,6 +15,6 @@ chmod 4750 big2; chown app:app big2; touch -d '2001-02-03' big2; [ "$(date -r bi
 install -D -m 600 big d/e/f; du -s d; df .; timeout 5 true; nice -n 5 true; nproc; env -i A=b env
 mktemp -d; realpath .; shuf -i 1-9 -n 3; split -n 4 big; tee t </etc/hosts >/dev/null; flock lock true
 timeout 1 sleep 10 || [ $? = 124 ]
-setsid -w true; ionice -c 3 true; taskset -c 0 true || true; pgrep bash >/dev/null; ps -ef >/dev/null
+setsid -w true; taskset -c 0 true; pgrep bash >/dev/null; ps -ef >/dev/null
 END
 bash s.bash

@@ -1,4 +1,5 @@
 # what: ssh: keys are made, sshd lets its user in, a command runs with a terminal, scp copies
+# fails with strict: sshd separates its privileges by chroot(2), and strict has no nested roots
 # packages: openssh-server openssh-client
 # set: some
 mkdir -p /run/sshd /root/.ssh; chmod 700 /root /root/.ssh; chmod 755 /run/sshd
@@ -16,5 +17,7 @@ END
 o="-q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -i /root/.ssh/id"
 [ "$(ssh $o -p 2222 root@127.0.0.1 echo in)" = in ] || { tail -n 5 log; exit 1; }
 [ "$(ssh $o -tt -p 2222 root@127.0.0.1 tty </dev/null | cut -c1-8)" = /dev/pts ] || { tail -n 5 log; exit 1; }
-echo x >from && scp $o -P 2222 from root@127.0.0.1:"$PWD/to" && cmp from to
+echo x >from
+scp $o -P 2222 from root@127.0.0.1:"$PWD/to"
+cmp from to
 kill "$(cat pid)"

@@ -45,7 +45,7 @@ pub fn program(name: &str) -> Result<Vec<u8>, SandboxError> {
 }
 
 /// The pod's part.
-pub fn pod(spec: &Tightened, pod_id: &str, landlock: bool) -> Result<PodPlan, SandboxError> {
+pub fn pod(spec: &Tightened, pod_id: &str) -> Result<PodPlan, SandboxError> {
     let hostname: String = match &spec.hostname {
         Some(name) if !name.is_empty() => name.clone(),
         // Not the node's own, which a new UTS namespace starts with.
@@ -61,7 +61,6 @@ pub fn pod(spec: &Tightened, pod_id: &str, landlock: bool) -> Result<PodPlan, Sa
             .map(|(name, value)| (name.replace('.', "/"), value.clone()))
             .collect(),
         filter: program("agent")?,
-        landlock,
     })
 }
 
@@ -166,6 +165,7 @@ pub fn container(
         hooks: spec.hooks.create_container.iter().map(hook).collect(),
         own_filters: own_filter(process) && spec.seccomp.is_some(),
         joins_pids: false,
+        shares_network: false,
     };
     Ok(Launch { plan, staged })
 }

@@ -203,6 +203,7 @@ async fn launch(
     }
     let mut plan = mounts::stage(pod, request, spec, cgroup, (directory, sources))?;
     plan.joins_pids = joined.is_some();
+    plan.shares_network = pod.network.namespace().is_none();
     let sealed = seal_plan(&plan)
         .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
     let (ours, theirs) = message::pair().step("make", "socket pair")?;

@@ -352,7 +352,7 @@ impl Sandbox {
                 start_time: proc::start_time(agent.pid).unwrap_or(0),
             };
             let pod = record(&journal, entry).and_then(|()| {
-                let plan = plan::pod(&spec, &request.pod_id, landlock)?;
+                let plan = plan::pod(&spec, &request.pod_id)?;
                 agent::configure(&agent, &plan)?;
                 let userns =
                     userns::make(&agent.pidfd).map_err(|e| agent::ended_early(&agent, e))?;

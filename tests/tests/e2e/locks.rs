@@ -24,6 +24,7 @@ crate::trials![
     locks_hold_against_a_hostile_agent,
     locks_agent_is_out_of_reach,
     locks_landlock_is_in_force,
+    locks_links_and_renames_between_directories,
     locks_filter_refuses,
     locks_hold_with_every_privilege_granted,
 ];
@@ -300,10 +301,46 @@ fn locks_agent_is_out_of_reach() -> Outcome {
     Ok(task.finish()?)
 }
 
+/// Programs count on both, within a file system; Landlock forbids them unless each
+/// domain of a process says otherwise.
+fn locks_links_and_renames_between_directories() -> Outcome {
+    casemate_only()?;
+    let script = "mkdir a b && echo x >a/f && ln a/f b/g && mv a/f b/h && ls -i b/g b/h | \
+                  while read inode name; do echo $inode; done | uniq | wc -l; mv a b/a; ls -d b/a";
+    for config in [
+        "profile = \"default\"\n",
+        "profile = \"strict\"\n",
+        "profile = \"compat\"\n",
+        "[sandbox]\nallow_host_network = true\n",
+    ] {
+        let mut task = Task::new("links", &["/bin/sh", "-c", script])?;
+        configure(&mut task, config)?;
+        if config.contains("network") {
+            on_the_nodes_network(&mut task);
+        }
+        let out = crate::oci::says(task)?;
+        ensure_eq!(out, "1\nb/a\n", "{config}");
+    }
+    Ok(())
+}
+
+fn on_the_nodes_network(task: &mut Task) {
+    if let Some(list) = task.spec["linux"]["namespaces"].as_array_mut() {
+        list.retain(|ns| ns["type"] != "network" && ns["type"] != "uts");
+    }
+    task.spec["hostname"] = serde_json::json!("the-node");
+}
+
 fn locks_landlock_is_in_force() -> Outcome {
     casemate_only()?;
+    landlock(false)?;
+    landlock(true)
+}
+
+fn landlock(nodes_network: bool) -> Outcome {
     // Scope: an abstract unix socket of the same network namespace, made by a
-    // process outside of the Landlock domain.
+    // process outside of the Landlock domain. It is kept to the container where the
+    // network isn't the pod's own.
     let name = format!("casemate-{}", std::process::id());
     let mut task = Task::new(
         "landlock",
@@ -313,6 +350,10 @@ fn locks_landlock_is_in_force() -> Outcome {
             &format!("probe drive /proc/keys; probe drive /dev/null; probe connect {name}"),
         ],
     )?;
+    if nodes_network {
+        configure(&mut task, "[sandbox]\nallow_host_network = true\n")?;
+        on_the_nodes_network(&mut task);
+    }
     task.boot()?;
     task.create()?;
     let pid = init(&task)?.to_string();
@@ -345,7 +386,7 @@ fn locks_landlock_is_in_force() -> Outcome {
     let get = |name: &str| all.get(name).map(String::as_str);
     // Scopes came with ABI 6 (Linux 6.12). Before, the network namespace alone
     // stands between pods.
-    let scoped = casemate_sys::landlock::abi() >= 6;
+    let scoped = nodes_network && casemate_sys::landlock::abi() >= 6;
     ensure_eq!(
         get("connect"),
         Some(if scoped { "EPERM" } else { "ok" }),
