@@ -5,7 +5,7 @@ cat >s.bash <<'END'
 set -euo pipefail
 trap 'echo trapped' USR1; kill -USR1 $$
 coproc CAT { cat; }; echo co >&"${CAT[1]}"; read -r x <&"${CAT[0]}"; [ "$x" = co ]; kill "$CAT_PID"
-sleep 30 & job=$!; jobs -l; kill %1; wait "$job" || [ $? = 143 ]
+sleep 30 & job=$!; jobs -l; kill "$job"; wait "$job" || [ $? = 143 ]
 [ "$(seq 200000 | sort -rn --parallel=2 | head -n 1)" = 200000 ]
 diff <(printf 'a\nb\n') <(printf 'a\nb\n')
 truncate -s 1M big; dd if=/dev/zero of=big2 bs=64k count=16 status=none; cmp big big2

@@ -10,7 +10,7 @@ use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::stdio::{Reader, make_fifo};
-use casemate_tests::{ensure, ensure_eq, procs, spec};
+use casemate_tests::{ensure, ensure_eq, procs};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
