@@ -126,7 +126,7 @@ impl Bundle {
 
 /// The OCI specification (config.md, config-linux.md): what containerd writes
 /// for a plain container.
-fn spec(options: &Run, id: &str) -> Value {
+pub fn spec(options: &Run, id: &str) -> Value {
     let mut env = vec![PATH.to_owned()];
     if options.terminal {
         let kind = std::env::var("TERM").unwrap_or_else(|_| "xterm".to_owned());

@@ -28,6 +28,13 @@ pub enum RunError {
     Refused(String),
 }
 
+impl RunError {
+    /// Whether the host failed in this way.
+    pub fn is(&self, kind: io::ErrorKind) -> bool {
+        matches!(self, Self::Host { source, .. } if source.kind() == kind)
+    }
+}
+
 /// Names the step and the object of a failure.
 pub trait Step<T> {
     /// Wraps the error.

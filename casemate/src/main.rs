@@ -5,6 +5,7 @@
 mod bundle;
 mod error;
 mod events;
+mod install;
 mod operator;
 mod ps;
 mod rootfs;
@@ -41,6 +42,15 @@ enum Command {
     /// Print what happened in pods: refused calls, execs, refusals, losses
     #[command(after_help = events::EXAMPLES)]
     Events(events::Events),
+    /// Set up the programs and containerd on this node, and see that it works
+    #[command(after_help = install::INSTALL_EXAMPLES)]
+    Install(Box<install::Install>),
+    /// Take away what install has set up
+    #[command(after_help = install::UNINSTALL_EXAMPLES)]
+    Uninstall(Box<install::Uninstall>),
+    /// What the proof of an installation runs inside of a sandbox
+    #[command(hide = true)]
+    InsideProof,
 }
 
 const EXAMPLES: &str = "\
@@ -78,17 +88,21 @@ fn main() {
         let _lost = error.print();
         std::process::exit(if error.use_stderr() { OWN_FAILURE } else { 0 });
     });
-    let done = match cli.command {
-        Command::Run(options) => run::run(&options),
-        Command::Ps(options) => ps::run(&options),
-        Command::Events(options) => events::run(&options),
+    // What came of it, and the exit status of a failure.
+    let (result, failure) = match cli.command {
+        Command::Run(options) => (run::run(&options), OWN_FAILURE),
+        Command::Ps(options) => (ps::run(&options), OWN_FAILURE),
+        Command::Events(options) => (events::run(&options), OWN_FAILURE),
+        Command::Install(options) => (install::install(&options), 1),
+        Command::Uninstall(options) => (install::uninstall(&options), 1),
+        Command::InsideProof => (Ok(install::inside()), OWN_FAILURE),
     };
     // Not by returning: a thread may still be reading our standard input.
-    std::process::exit(match done {
+    std::process::exit(match result {
         Ok(status) => status,
         Err(error) => {
             let _lost = writeln!(std::io::stderr(), "casemate: {error}");
-            OWN_FAILURE
+            failure
         }
     });
 }

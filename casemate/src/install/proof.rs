@@ -1,0 +1,308 @@
+//! The proof: containerd has loaded the handler, and a container ran in a
+//! sandbox, from containerd through the installed shim and back.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tonic::{Code, Status};
+
+use super::binaries;
+use super::effective::Handler;
+use super::grpc::{
+    Any, Client, Container, CreateContainer, CreateTask, Empty, KillTask, Mount, Named, OfTask,
+    Runtime, StatusRequest, StatusResponse, VersionResponse, WaitResponse,
+};
+use super::layout::Layout;
+use crate::Run;
+use crate::bundle;
+use crate::error::{RunError, one_line};
+
+/// containerd's namespace of the proof.
+const NAMESPACE: &str = "casemate-proof";
+/// Of the specification of a container (containerd's typeurl).
+const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+const SOON: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(100);
+
+/// What the running containerd says of a handler.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Loaded {
+    /// It doesn't answer at all.
+    Down(String),
+    /// It runs without CRI.
+    NoCri(String),
+    /// It has none of that name.
+    No,
+    /// It has it, so.
+    Yes(Handler),
+}
+
+/// Asks CRI for its configuration.
+pub fn loaded(layout: &Layout) -> Loaded {
+    let mut client = match Client::new(&layout.address, NAMESPACE) {
+        Ok(client) => client,
+        Err(error) => return Loaded::Down(error.to_string()),
+    };
+    let path = "/runtime.v1.RuntimeService/Status";
+    let status: Result<StatusResponse, Status> =
+        client.call(path, StatusRequest { verbose: true }, SOON);
+    match status {
+        Ok(status) => {
+            let config = status.info.get("config").map_or("", String::as_str);
+            handler_in(config, &layout.handler).map_or(Loaded::No, Loaded::Yes)
+        }
+        Err(status) if status.code() == Code::Unimplemented => {
+            Loaded::NoCri(one_line(status.message()))
+        }
+        Err(status) => Loaded::Down(one_line(status.message())),
+    }
+}
+
+/// The handler in CRI's own account of its configuration.
+fn handler_in(config: &str, name: &str) -> Option<Handler> {
+    let config: Value = serde_json::from_str(config).ok()?;
+    let runtime = config.pointer("/containerd/runtimes")?.get(name)?;
+    let text = |key: &str| {
+        let value = runtime.get(key).and_then(Value::as_str);
+        value.unwrap_or_default().to_owned()
+    };
+    Some(Handler {
+        kind: text("runtimeType"),
+        path: text("runtimePath"),
+        annotations: runtime
+            .get("PodAnnotations")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect(),
+    })
+}
+
+/// Waits until containerd answers, and `enough` of what it says.
+pub fn wait(
+    layout: &Layout,
+    limit: Duration,
+    enough: impl Fn(&Loaded) -> bool,
+) -> Result<(), Loaded> {
+    let until = Instant::now() + limit;
+    loop {
+        let now = loaded(layout);
+        if enough(&now) {
+            return Ok(());
+        }
+        if Instant::now() > until {
+            return Err(now);
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// Runs a container on the installed shim: it looks at its own locks.
+pub fn container(layout: &Layout) -> Result<(), RunError> {
+    let mut client = Client::new(&layout.address, NAMESPACE)?;
+    let version: Result<VersionResponse, Status> = client.call(
+        "/containerd.services.version.v1.Version/Version",
+        Empty {},
+        SOON,
+    );
+    version.map_err(wrong("ask containerd for its version"))?;
+    let id = format!("casemate-proof-{}", std::process::id());
+    let ran = run(&mut client, layout, &id);
+    clean(&mut client, &id);
+    match ran? {
+        0 => Ok(()),
+        status => Err(RunError::Refused(format!(
+            "prove: the container of the proof says: {}",
+            verdict(status)
+        ))),
+    }
+}
+
+fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
+    move |status| RunError::Shim {
+        step,
+        reason: one_line(status.message()),
+    }
+}
+
+fn run(client: &mut Client, layout: &Layout, id: &str) -> Result<u32, RunError> {
+    let options = Run {
+        rootfs: None,
+        writable: false,
+        terminal: false,
+        command: vec!["/bin/casemate".to_owned(), "inside-proof".to_owned()],
+    };
+    let container = Container {
+        id: id.to_owned(),
+        // A program's path is as good as a name, for every release.
+        runtime: Some(Runtime {
+            name: layout.shim().display().to_string(),
+        }),
+        spec: Some(Any {
+            type_url: SPEC.to_owned(),
+            value: bundle::spec(&options, id).to_string().into_bytes(),
+        }),
+    };
+    let request = CreateContainer {
+        container: Some(container),
+    };
+    client
+        .call::<_, Empty>(
+            "/containerd.services.containers.v1.Containers/Create",
+            request,
+            SOON,
+        )
+        .map_err(wrong("prove: make a container"))?;
+    let request = CreateTask {
+        container_id: id.to_owned(),
+        rootfs: vec![root(&binaries::proof_root(layout))],
+    };
+    client
+        .call::<_, Empty>("/containerd.services.tasks.v1.Tasks/Create", request, SOON)
+        .map_err(wrong("prove: make a sandbox"))?;
+    let of = OfTask {
+        container_id: id.to_owned(),
+    };
+    client
+        .call::<_, Empty>(
+            "/containerd.services.tasks.v1.Tasks/Start",
+            of.clone(),
+            SOON,
+        )
+        .map_err(wrong("prove: start a container"))?;
+    client
+        .call::<_, WaitResponse>("/containerd.services.tasks.v1.Tasks/Wait", of, SOON)
+        .map(|answer| answer.exit_status)
+        .map_err(wrong("prove: wait for a container"))
+}
+
+fn root(dir: &Path) -> Mount {
+    Mount {
+        kind: "bind".to_owned(),
+        source: dir.display().to_string(),
+        options: vec!["rbind".to_owned(), "ro".to_owned()],
+        ..Mount::default()
+    }
+}
+
+/// Takes everything away; each fails where there is nothing.
+fn clean(client: &mut Client, id: &str) {
+    let of = OfTask {
+        container_id: id.to_owned(),
+    };
+    let path = "/containerd.services.tasks.v1.Tasks/Delete";
+    if client.call::<_, Empty>(path, of.clone(), SOON).is_err() {
+        let kill = KillTask {
+            container_id: id.to_owned(),
+            signal: 9,
+            all: true,
+        };
+        let killed =
+            client.call::<_, Empty>("/containerd.services.tasks.v1.Tasks/Kill", kill, SOON);
+        if killed.is_ok() {
+            let wait = "/containerd.services.tasks.v1.Tasks/Wait";
+            let _ended = client.call::<_, WaitResponse>(wait, of.clone(), SOON);
+            let _gone = client.call::<_, Empty>(path, of, SOON);
+        }
+    }
+    let named = |name: &str| Named {
+        name: name.to_owned(),
+    };
+    let _gone = client.call::<_, Empty>(
+        "/containerd.services.containers.v1.Containers/Delete",
+        named(id),
+        SOON,
+    );
+    // Refused while anything is in it.
+    let _gone = client.call::<_, Empty>(
+        "/containerd.services.namespaces.v1.Namespaces/Delete",
+        named(NAMESPACE),
+        SOON,
+    );
+}
+
+const NO_USER_NAMESPACE: i32 = 3;
+const NO_FILTER: i32 = 4;
+const NO_NO_NEW_PRIVS: i32 = 5;
+const TOO_CAPABLE: i32 = 6;
+const UNREADABLE: i32 = 7;
+/// Capabilities that no container has: SYS_MODULE, SYS_ADMIN, SYS_RAWIO, SYS_PTRACE.
+const NEVER: u64 = 1 << 16 | 1 << 21 | 1 << 17 | 1 << 19;
+
+fn verdict(status: u32) -> String {
+    match i32::try_from(status).unwrap_or(-1) {
+        NO_USER_NAMESPACE => "its root is the host's root".to_owned(),
+        NO_FILTER => "it has no system-call filter".to_owned(),
+        NO_NO_NEW_PRIVS => "no_new_privs isn't set".to_owned(),
+        TOO_CAPABLE => "it has capabilities that no container should".to_owned(),
+        UNREADABLE => "its /proc can't be read".to_owned(),
+        other => format!("exit status {other}"),
+    }
+}
+
+/// What runs in the container: a look at its own locks, told by the exit status.
+pub fn inside() -> i32 {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    look(&map, &status)
+}
+
+fn look(map: &str, status: &str) -> i32 {
+    let field = |name: &str| {
+        status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .map(str::trim)
+    };
+    let mut ids = map.split_whitespace().skip(1);
+    match (
+        ids.next(),
+        field("Seccomp"),
+        field("NoNewPrivs"),
+        field("CapBnd"),
+    ) {
+        (Some("0"), ..) => NO_USER_NAMESPACE,
+        (_, Some("0" | "1"), ..) => NO_FILTER,
+        (_, _, Some("0"), _) => NO_NO_NEW_PRIVS,
+        (Some(_), Some(_), Some(_), Some(caps)) => match u64::from_str_radix(caps, 16) {
+            Ok(caps) if caps & NEVER == 0 => 0,
+            Ok(_) => TOO_CAPABLE,
+            Err(_) => UNREADABLE,
+        },
+        _ => UNREADABLE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATUS: &str = "Name:\tx\nCapBnd:\t00000000000004fb\nNoNewPrivs:\t1\nSeccomp:\t2\n";
+    const MAP: &str = "         0  200000      65535\n";
+
+    #[test]
+    fn each_missing_lock_is_told() {
+        assert_eq!(look(MAP, STATUS), 0);
+        assert_eq!(look("0 0 4294967295\n", STATUS), NO_USER_NAMESPACE);
+        let without = |from: &str, to: &str| look(MAP, &STATUS.replace(from, to));
+        assert_eq!(without("Seccomp:\t2", "Seccomp:\t0"), NO_FILTER);
+        assert_eq!(without("NoNewPrivs:\t1", "NoNewPrivs:\t0"), NO_NO_NEW_PRIVS);
+        assert_eq!(without("00000000000004fb", "000001ffffffffff"), TOO_CAPABLE);
+        assert_eq!(look(MAP, ""), UNREADABLE);
+        assert_eq!(look("", STATUS), UNREADABLE);
+    }
+
+    #[test]
+    fn the_handler_is_found_in_what_cri_says() {
+        let config = r#"{"containerd":{"runtimes":{"casemate":{"runtimeType":"t",
+            "runtimePath":"/p","PodAnnotations":["casemate.io/*"],"options":null}}}}"#;
+        let handler = handler_in(config, "casemate").unwrap();
+        assert_eq!((handler.kind.as_str(), handler.path.as_str()), ("t", "/p"));
+        assert_eq!(handler.annotations, ["casemate.io/*"]);
+        assert_eq!(handler_in(config, "runc"), None);
+        assert_eq!(handler_in("", "runc"), None);
+    }
+}
