@@ -190,6 +190,12 @@ impl Config {
         found
     }
 
+    /// Without `imports`: what the file itself comes to.
+    pub fn alone(mut self) -> String {
+        self.doc.remove("imports");
+        self.text()
+    }
+
     /// The same from any directory: for a look at what containerd makes of it.
     pub fn detached(mut self) -> String {
         let dir = self.path.parent().unwrap_or(Path::new("/")).to_owned();

@@ -88,15 +88,19 @@ impl Journal {
     /// Locks the node and undoes what an interrupted run left; whether it did.
     pub fn open(state: &Path) -> Result<(Self, bool), RunError> {
         let mut made = Vec::new();
-        for dir in missing(state) {
-            fs::create_dir(&dir).step("make", dir.display())?;
-            made.push(dir);
-        }
+        let locked = make_all(state, &mut made).and_then(|()| lock(&state.join(LOCK)));
+        let lock = match locked {
+            Ok(lock) => lock,
+            Err(error) => {
+                remove_empty(&made);
+                return Err(error);
+            }
+        };
         let mut journal = Self {
             state: state.to_owned(),
             undo: Vec::new(),
             made,
-            _lock: lock(&state.join(LOCK))?,
+            _lock: lock,
         };
         let Some((bytes, _)) = files::read(&state.join(UNDO))? else {
             return Ok((journal, false));
@@ -315,6 +319,8 @@ impl Journal {
 
     /// Nothing is installed any more: the journal's own directory goes, too.
     pub fn end(mut self, directories: &[PathBuf]) -> Result<(), RunError> {
+        // While it is still known which they are.
+        remove_empty(directories);
         self.done()?;
         files::remove(&self.state.join(RECORD))?;
         self.made.extend(directories.iter().cloned());
@@ -327,16 +333,33 @@ impl Journal {
         let _copies = fs::remove_dir_all(self.state.join(BACKUP));
         let _lock = fs::remove_file(self.state.join(LOCK));
         let _own = fs::remove_dir(&self.state);
-        // Made by a run that was killed before it could say so.
-        if let Some(parent) = self.state.parent().filter(|dir| dir.ends_with("casemate")) {
-            let _stays = fs::remove_dir(parent);
-        }
-        let mut made = self.made.clone();
-        made.sort();
-        for dir in made.iter().rev() {
-            let _stays = fs::remove_dir(dir);
-        }
+        remove_empty(&self.made);
+        vestige(&self.state);
     }
+}
+
+/// Removes what a run that was killed early made before it could say so.
+pub fn vestige(state: &Path) {
+    if let Some(parent) = state.parent().filter(|dir| dir.ends_with("casemate")) {
+        let _stays = fs::remove_dir(parent);
+    }
+}
+
+/// Removes those directories that have nothing in them.
+fn remove_empty(directories: &[PathBuf]) {
+    let mut all = directories.to_vec();
+    all.sort();
+    for dir in all.iter().rev() {
+        let _stays = fs::remove_dir(dir);
+    }
+}
+
+fn make_all(dir: &Path, made: &mut Vec<PathBuf>) -> Result<(), RunError> {
+    for dir in missing(dir) {
+        fs::create_dir(&dir).step("make", dir.display())?;
+        made.push(dir);
+    }
+    Ok(())
 }
 
 /// What is installed, without a lock: for a look.
@@ -400,11 +423,11 @@ fn lock(path: &Path) -> Result<File, RunError> {
         let own = file.metadata().step("look at", path.display())?.ino();
         // Else its last holder has removed it meanwhile.
         if fs::metadata(path).is_ok_and(|there| there.ino() == own) {
-            let write = file
+            // For the message of another one; the lock holds without.
+            let _untold = file
                 .set_len(0)
                 .and_then(|()| file.rewind())
                 .and_then(|()| writeln!(file, "{}", std::process::id()));
-            write.step("write", path.display())?;
             return Ok(file);
         }
     }

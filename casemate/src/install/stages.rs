@@ -371,30 +371,24 @@ fn plain(
         candidate(layout, path, &plan)?;
         return Ok(plan);
     }
-    root.add(name, want, &[])?;
-    let mut plan = Plan {
+    // 1.x forgets its default runtimes as soon as the file has one.
+    let mut with = parse()?;
+    with.remove(name);
+    with.add(name, want, &[])?;
+    let lost = alone(layout, parse()?)?.lost_in(&alone(layout, with)?);
+    root.add(name, want, &lost)?;
+    let plan = Plan {
         files: vec![(path.to_owned(), root.text())],
         import: None,
     };
-    let after = candidate(layout, path, &plan)?;
-    let lost = before.lost_in(&after);
-    if !lost.is_empty() {
-        // 1.x forgets its default runtimes as soon as the file has one.
-        let mut root = parse()?;
-        root.remove(name);
-        root.add(name, want, &lost)?;
-        plan.files = vec![(path.to_owned(), root.text())];
-        candidate(layout, path, &plan)?;
-    }
+    candidate(layout, path, &plan)?;
     Ok(plan)
 }
 
-/// What containerd would make of it, elsewhere on the disk.
-fn candidate(layout: &Layout, path: &Path, plan: &Plan) -> Result<Effective, RunError> {
-    let dir = tempfile::Builder::new()
-        .prefix("casemate-install-")
-        .tempdir()
-        .step("make a directory in", std::env::temp_dir().display())?;
+/// What containerd would make of the plan, elsewhere on the disk: that it can read
+/// it. What it comes to is seen in its place, where imports may lead back to it.
+fn candidate(layout: &Layout, path: &Path, plan: &Plan) -> Result<(), RunError> {
+    let dir = scratch()?;
     let mut root = match plan.files.iter().find(|(file, _)| file == path) {
         Some((_, text)) => Config::parse(text, path)?,
         None => Config::parse(&text(path)?.unwrap_or_default(), path)?,
@@ -405,8 +399,24 @@ fn candidate(layout: &Layout, path: &Path, plan: &Plan) -> Result<Effective, Run
         fs::write(&there, text).step("write", there.display())?;
         root.import(&there.display().to_string())?;
     }
+    effective(layout, &dir, &root.detached()).map(drop)
+}
+
+/// What a file comes to without its imports.
+fn alone(layout: &Layout, config: Config) -> Result<Effective, RunError> {
+    effective(layout, &scratch()?, &config.alone())
+}
+
+fn scratch() -> Result<tempfile::TempDir, RunError> {
+    tempfile::Builder::new()
+        .prefix("casemate-install-")
+        .tempdir()
+        .step("make a directory in", std::env::temp_dir().display())
+}
+
+fn effective(layout: &Layout, dir: &tempfile::TempDir, text: &str) -> Result<Effective, RunError> {
     let there = dir.path().join("config.toml");
-    fs::write(&there, root.detached()).step("write", there.display())?;
+    fs::write(&there, text).step("write", there.display())?;
     Effective::parse(&containerd::effective(&layout.containerd, Some(&there))?)
 }
 
@@ -435,7 +445,8 @@ fn accept(
     if after.handler(name).as_ref() != Some(want) {
         return Err(RunError::Refused(format!(
             "config: containerd config dump doesn't have the handler {name} as it was written: \
-             does another file in its imports have one of that name?"
+             a file in its imports has another of that name, or (containerd 1.x) replaces the \
+             section of CRI: add the handler there by hand, as the README shows"
         )));
     }
     let changed = before.differences(after, name);

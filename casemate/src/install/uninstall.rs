@@ -21,6 +21,9 @@ use crate::error::{RunError, Step};
 pub fn uninstall(options: &Uninstall) -> Result<i32, RunError> {
     let layout = Layout::new(&options.node)?;
     if !layout.state.exists() {
+        if !options.dry_run {
+            journal::vestige(&layout.state);
+        }
         say("check", "casemate isn't installed here");
         return Ok(0);
     }

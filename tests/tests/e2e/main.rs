@@ -27,6 +27,7 @@ mod hostile;
 mod hostile_agent;
 mod hostile_node;
 mod hostile_shape;
+mod install;
 mod items;
 mod lifecycle;
 mod limits;
@@ -127,6 +128,7 @@ fn main() -> ExitCode {
         faults_wedge::trials(),
         faults_crowd::trials(),
         faults_daemon::trials(),
+        install::trials(),
     ]
     .into_iter()
     .flatten()

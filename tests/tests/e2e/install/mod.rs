@@ -1,0 +1,21 @@
+//! `casemate install` and `uninstall` on real containerds, with everything that
+//! can go wrong on the way.
+
+mod faults;
+mod life;
+mod node;
+mod stepper;
+
+use casemate_tests::generation::Generation;
+use casemate_tests::skip::trial;
+use libtest_mimic::Trial;
+
+pub fn trials() -> Vec<Trial> {
+    let mut all = faults::trials();
+    all.extend(life::trials());
+    for generation in Generation::ALL {
+        let name = format!("install_and_back_{}", generation.tag());
+        all.push(trial(&name, move || life::and_back(generation)));
+    }
+    all
+}
