@@ -92,9 +92,7 @@ impl Payload {
         notes: &mut Vec<String>,
     ) -> Result<Vec<PathBuf>, RunError> {
         journal.directory(&layout.prefix)?;
-        for left in unfinished(&layout.prefix) {
-            fs::remove_dir_all(&left).step("remove", left.display())?;
-        }
+        tidy(&layout.prefix)?;
         let dir = self.directory(layout);
         if !dir.is_dir() {
             journal.version(&dir)?;
@@ -192,14 +190,15 @@ fn links(layout: &Layout) -> Vec<(PathBuf, PathBuf)> {
         .collect()
 }
 
-/// What runs that were cut short have left.
-pub fn unfinished(prefix: &Path) -> Vec<PathBuf> {
-    entries(prefix)
-        .filter(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with(UNFINISHED))
-        })
-        .collect()
+/// Removes what runs that were cut short have left.
+pub fn tidy(prefix: &Path) -> Result<(), RunError> {
+    for path in entries(prefix) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(UNFINISHED) {
+            fs::remove_dir_all(&path).step("remove", path.display())?;
+        }
+    }
+    Ok(())
 }
 
 fn entries(dir: &Path) -> impl Iterator<Item = PathBuf> {

@@ -83,6 +83,14 @@ fn beside(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{name}.casemate-new"))
 }
 
+/// Removes what a run that was killed has left beside `path`.
+pub fn unfinished(path: &Path) {
+    let real = fs::canonicalize(path);
+    for path in [Some(path), real.as_deref().ok()].into_iter().flatten() {
+        let _none = fs::remove_file(beside(path));
+    }
+}
+
 /// The directory's entry is on disk, too.
 fn settle(path: &Path) -> io::Result<()> {
     match path.parent() {

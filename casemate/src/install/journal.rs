@@ -298,22 +298,29 @@ impl Journal {
     fn undo_one(&self, undo: &Undo) -> Result<(), RunError> {
         match undo {
             Undo::File { path, original } => {
+                files::unfinished(path);
                 let now = files::read(path)?.map(|(bytes, _)| files::digest(&bytes));
                 if now.as_ref() == original.as_ref().map(|original| &original.digest) {
                     return Ok(());
                 }
                 self.put_back(path, original.as_ref())
             }
-            Undo::Link { path, target } => match target {
-                Some(target) => files::link(path, target),
-                None => files::remove(path),
-            },
+            Undo::Link { path, target } => {
+                files::unfinished(path);
+                match target {
+                    Some(target) => files::link(path, target),
+                    None => files::remove(path),
+                }
+            }
             Undo::Directory { path } => {
                 // Not empty: somebody else uses it by now.
                 let _stays = fs::remove_dir(path);
                 Ok(())
             }
-            Undo::Version { path } => binaries::remove(path).map(drop),
+            Undo::Version { path } => {
+                binaries::remove(path)?;
+                path.parent().map_or(Ok(()), binaries::tidy)
+            }
         }
     }
 
@@ -330,6 +337,8 @@ impl Journal {
 
     fn vanish(&self) {
         // What isn't empty stays, and so does what was here before.
+        files::unfinished(&self.state.join(UNDO));
+        files::unfinished(&self.state.join(RECORD));
         let _copies = fs::remove_dir_all(self.state.join(BACKUP));
         let _lock = fs::remove_file(self.state.join(LOCK));
         let _own = fs::remove_dir(&self.state);

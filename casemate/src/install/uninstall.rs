@@ -1,7 +1,6 @@
 //! `casemate uninstall`: the node as it was before `install`, byte for byte where
 //! nobody else has changed anything since.
 
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use super::journal::{self, Changed, Journal, Record};
 use super::layout::{ConfigFile, Layout};
 use super::proof::{self, Loaded};
 use super::stages::say;
-use crate::error::{RunError, Step};
+use crate::error::RunError;
 
 /// Runs the command.
 pub fn uninstall(options: &Uninstall) -> Result<i32, RunError> {
@@ -226,9 +225,7 @@ fn remove(layout: &Layout, record: &Record, journal: Journal) -> Result<i32, Run
         return Ok(0);
     }
     files::remove(&layout.current())?;
-    for left in binaries::unfinished(&layout.prefix) {
-        fs::remove_dir_all(&left).step("remove", left.display())?;
-    }
+    binaries::tidy(&layout.prefix)?;
     journal.end(&record.directories)?;
     say("done", "nothing of casemate's is left");
     Ok(0)

@@ -315,7 +315,14 @@ fn install_adopts_a_handler_made_by_hand() -> Outcome {
 fn install_in_the_nodes_root() -> Outcome {
     let node = Node::new(Generation::V2_3)?;
     let root = node.dir.join("host");
-    for name in ["etc/containerd", "proc", "tmp", "usr/bin", "usr/local/bin"] {
+    for name in [
+        "dev",
+        "etc/containerd",
+        "proc",
+        "tmp",
+        "usr/bin",
+        "usr/local/bin",
+    ] {
         fs::create_dir_all(root.join(name))?;
     }
     let containerd = Generation::V2_3
@@ -323,6 +330,7 @@ fn install_in_the_nodes_root() -> Outcome {
         .unwrap_or_default()
         .join("containerd");
     fs::copy(containerd, root.join("usr/bin/containerd"))?;
+    fs::write(root.join("dev/null"), "")?;
     let config = root.join("etc/containerd/config.toml");
     fs::write(&config, "version = 3\nimports = [\"conf.d/*.toml\"]\n")?;
     let casemate = |verb: &str, more: &[&str]| {
