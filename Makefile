@@ -86,6 +86,7 @@ vm-test: quick
 docs-tables:
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-spec --test documents
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-tests --lib ledger
+	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p seccomp-profiles --test surface
 
 probes: quick
 	@scripts/packages.sh

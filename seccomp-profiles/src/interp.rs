@@ -84,6 +84,7 @@ pub fn run_with(program: &Program, data: &SeccompData, mut visit: impl FnMut(usi
             bpf::JEQ_K => at += branch(acc == ins.k),
             bpf::JGT_K => at += branch(acc > ins.k),
             bpf::JGE_K => at += branch(acc >= ins.k),
+            bpf::JSET_K => at += branch(acc & ins.k != 0),
             bpf::RET_K => return ins.k,
             _ => return RET_KILL_PROCESS,
         }

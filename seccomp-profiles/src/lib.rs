@@ -26,6 +26,7 @@ pub mod profile;
 pub mod program;
 pub mod reference;
 mod shipped;
+pub mod surface;
 pub mod table;
 
 pub use action::Action;

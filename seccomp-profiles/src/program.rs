@@ -17,6 +17,8 @@ pub const JEQ_K: u16 = 0x15;
 pub const JGT_K: u16 = 0x25;
 /// `BPF_JMP | BPF_JGE | BPF_K`.
 pub const JGE_K: u16 = 0x35;
+/// `BPF_JMP | BPF_JSET | BPF_K`; libseccomp's programs have it, ours do not.
+pub const JSET_K: u16 = 0x45;
 /// `BPF_RET | BPF_K`.
 pub const RET_K: u16 = 0x06;
 
