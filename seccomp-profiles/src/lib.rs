@@ -15,12 +15,17 @@
 
 pub mod action;
 mod args;
+pub mod compare;
 pub mod compile;
 pub mod errno;
 pub mod explain;
+pub mod export;
+pub mod file;
 mod graph;
 mod hash;
 pub mod interp;
+pub mod minimal;
+pub mod observed;
 pub mod oci;
 pub mod profile;
 pub mod program;
@@ -30,10 +35,13 @@ pub mod surface;
 pub mod table;
 
 pub use action::Action;
+pub use compare::{check, diff};
 pub use compile::{CompileError, Form, compile, compile_as};
 pub use explain::{Explainer, RuleInfo};
 pub use graph::TooLarge;
 pub use hash::Hash;
+pub use minimal::minimal;
+pub use observed::{Kind, Observed};
 pub use profile::{Profile, ProfileError};
 pub use program::{Program, SockFilter};
 pub use shipped::{

@@ -22,7 +22,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::action::{Action, RET_KILL_PROCESS};
 use crate::compile::{Clause, CompileError, Rules, X32};
@@ -113,22 +113,25 @@ pub const FLAGS: &[(&str, u32)] = &[
 ];
 
 /// `linux.seccomp` (config-linux.md, "Seccomp").
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OciSeccomp {
     /// The action for calls that no rule matches.
     pub default_action: String,
     /// Its error number, for `SCMP_ACT_ERRNO` and `SCMP_ACT_TRACE`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub default_errno_ret: Option<u32>,
     /// ABIs that the profile is about.
     #[serde(default)]
     pub architectures: Vec<String>,
     /// `SECCOMP_FILTER_FLAG_*`.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub flags: Vec<String>,
     /// Socket that gets the notification descriptor.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub listener_path: Option<String>,
     /// Passed along with the descriptor.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub listener_metadata: Option<String>,
     /// The rules.
     #[serde(default)]
@@ -136,7 +139,7 @@ pub struct OciSeccomp {
 }
 
 /// One element of `linux.seccomp.syscalls`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OciSyscall {
     /// The calls.
@@ -144,14 +147,15 @@ pub struct OciSyscall {
     /// What happens when the conditions hold.
     pub action: String,
     /// Its error number, for `SCMP_ACT_ERRNO` and `SCMP_ACT_TRACE`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub errno_ret: Option<u32>,
     /// Conditions.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub args: Vec<OciArg>,
 }
 
 /// One element of `linux.seccomp.syscalls[].args`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OciArg {
     /// Argument, 0 to 5.

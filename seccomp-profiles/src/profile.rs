@@ -320,6 +320,22 @@ impl TryFrom<RawArgSet> for ArgSet {
     }
 }
 
+impl ArgSet {
+    /// Whether the argument compares with one of the values.
+    #[must_use]
+    pub fn holds(&self, args: &[u64; 6]) -> bool {
+        self.values.iter().any(|&value| {
+            let condition = Condition {
+                index: self.index,
+                op: self.op,
+                value,
+                width: self.width,
+            };
+            condition.holds(args)
+        })
+    }
+}
+
 impl From<&Condition> for ArgSet {
     fn from(condition: &Condition) -> Self {
         Self {

@@ -1,0 +1,351 @@
+//! Profiles in the forms that others read: TOML, `linux.seccomp` of the OCI runtime
+//! specification, and the SeccompProfile resource of Kubernetes'
+//! security-profiles-operator.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+use crate::action::Action;
+use crate::oci::{NATIVE_ARCHITECTURE, OciArg, OciSeccomp, OciSyscall};
+use crate::profile::{ArgSet, Condition, Op, Profile, Rule, Width, alternatives};
+use crate::table;
+
+/// A rule that the other form has no words for.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "export seccomp profile {profile}: group \"{group}\", {syscall}: {reason}; export it as TOML, or change the rule"
+)]
+pub struct ExportError {
+    /// The profile.
+    pub profile: String,
+    /// The group.
+    pub group: String,
+    /// The call.
+    pub syscall: String,
+    /// What can't be said.
+    pub reason: &'static str,
+}
+
+/// The profile as TOML, which [`Profile::from_toml`] reads back.
+#[must_use]
+pub fn toml(profile: &Profile) -> String {
+    let mut out = String::new();
+    // Writing to a string does not fail.
+    let _ = write_toml(&mut out, profile);
+    out
+}
+
+fn write_toml(out: &mut String, profile: &Profile) -> std::fmt::Result {
+    writeln!(out, "name = {}", quoted(&profile.name))?;
+    writeln!(out, "description = {}", quoted(&profile.description))?;
+    writeln!(out, "default = \"{}\"", profile.default)?;
+    writeln!(out, "unknown = \"{}\"", profile.unknown)?;
+    writeln!(out, "x32 = \"{}\"", profile.x32)?;
+    for group in &profile.groups {
+        writeln!(out, "\n[[group]]\nname = {}", quoted(&group.name))?;
+        writeln!(out, "action = \"{}\"", group.action)?;
+        for rule in &group.rules {
+            writeln!(out, "\n[[group.rule]]")?;
+            names(out, &rule.syscalls)?;
+            if !rule.args.is_empty() {
+                writeln!(out, "args = [")?;
+                for arg in &rule.args {
+                    writeln!(out, "    {},", arg_toml(arg))?;
+                }
+                writeln!(out, "]")?;
+            }
+            writeln!(out, "reason = {}", quoted(&rule.reason))?;
+            if rule.quiet {
+                writeln!(out, "quiet = true")?;
+            }
+        }
+    }
+    for left_out in &profile.left_out {
+        writeln!(out, "\n[[left_out]]")?;
+        names(out, &left_out.syscalls)?;
+        writeln!(out, "reason = {}", quoted(&left_out.reason))?;
+        if left_out.quiet {
+            writeln!(out, "quiet = true")?;
+        }
+    }
+    Ok(())
+}
+
+fn names(out: &mut String, names: &[String]) -> std::fmt::Result {
+    let quoted: Vec<String> = names.iter().map(|name| quoted(name)).collect();
+    writeln!(out, "syscalls = [{}]", quoted.join(", "))
+}
+
+fn arg_toml(arg: &ArgSet) -> String {
+    let (op, mask) = match arg.op {
+        Op::Eq => ("eq", None),
+        Op::Ne => ("ne", None),
+        Op::Lt => ("lt", None),
+        Op::Le => ("le", None),
+        Op::Gt => ("gt", None),
+        Op::Ge => ("ge", None),
+        Op::MaskedEq(mask) => ("masked_eq", Some(mask)),
+    };
+    let number = |value: u64| format!("{value:#x}");
+    let values: Vec<String> = arg.values.iter().copied().map(number).collect();
+    let mask = mask.map_or_else(String::new, |mask| format!(" mask = {mask:#x},"));
+    let width = match arg.width {
+        Width::W32 => "",
+        Width::W64 => ", width = 64",
+    };
+    format!(
+        "{{ index = {}, op = \"{op}\",{mask} values = [{}]{width} }}",
+        arg.index,
+        values.join(", ")
+    )
+}
+
+/// A basic string of TOML.
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c.is_control() => {
+                let _ = write!(out, "\\u{:04X}", u32::from(c));
+            }
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+/// The profile as `linux.seccomp`. What may run is the same. What may not gets the
+/// profile's answer where a call is refused whatever its arguments are, and the
+/// default's for the other arguments of a call that may run with some: the
+/// specification has no way to say "otherwise".
+///
+/// # Errors
+/// [`ExportError`] for a condition that has no equal in 64-bit comparisons.
+pub fn oci(profile: &Profile) -> Result<OciSeccomp, ExportError> {
+    // By action and conditions, so that calls with equal ones are one entry.
+    let mut entries: Vec<(OciSyscall, Vec<OciArg>)> = Vec::new();
+    for &(_, name) in table::SYSCALLS {
+        for (action, args) in call_rules(profile, name)? {
+            if action == profile.default {
+                continue;
+            }
+            let (action, errno_ret) = oci_action(action);
+            let same = entries.iter_mut().find(|(entry, known)| {
+                entry.action == action && entry.errno_ret == errno_ret && *known == args
+            });
+            match same {
+                Some((entry, _)) => entry.names.push(name.to_owned()),
+                None => entries.push((
+                    OciSyscall {
+                        names: vec![name.to_owned()],
+                        action,
+                        errno_ret,
+                        args: args.clone(),
+                    },
+                    args,
+                )),
+            }
+        }
+    }
+    let (default_action, default_errno_ret) = oci_action(profile.default);
+    Ok(OciSeccomp {
+        default_action,
+        default_errno_ret,
+        architectures: vec![NATIVE_ARCHITECTURE.to_owned()],
+        syscalls: entries.into_iter().map(|(entry, _)| entry).collect(),
+        ..OciSeccomp::default()
+    })
+}
+
+fn oci_action(action: Action) -> (String, Option<u32>) {
+    let (name, number) = match action {
+        Action::Allow => ("SCMP_ACT_ALLOW", None),
+        Action::Log => ("SCMP_ACT_LOG", None),
+        Action::Notify => ("SCMP_ACT_NOTIFY", None),
+        Action::Trap => ("SCMP_ACT_TRAP", None),
+        Action::KillThread => ("SCMP_ACT_KILL_THREAD", None),
+        Action::KillProcess => ("SCMP_ACT_KILL_PROCESS", None),
+        Action::Trace(data) => ("SCMP_ACT_TRACE", Some(data.into())),
+        Action::Errno(number) => ("SCMP_ACT_ERRNO", Some(number.into())),
+    };
+    (name.to_owned(), number)
+}
+
+fn runs(action: Action) -> bool {
+    matches!(action, Action::Allow | Action::Log)
+}
+
+/// What is to be said about one call: entries of which none overlaps another, or one
+/// without conditions.
+fn call_rules(profile: &Profile, name: &str) -> Result<Vec<(Action, Vec<OciArg>)>, ExportError> {
+    let mut entries = Vec::new();
+    let mut refused: Vec<&Rule> = Vec::new();
+    for group in &profile.groups {
+        let of_call = group
+            .rules
+            .iter()
+            .filter(|rule| rule.syscalls.iter().any(|syscall| syscall == name));
+        for rule in of_call {
+            let wrong = |reason| ExportError {
+                profile: profile.name.clone(),
+                group: group.name.clone(),
+                syscall: name.to_owned(),
+                reason,
+            };
+            if !runs(group.action) {
+                if rule.args.is_empty() {
+                    if entries.is_empty() {
+                        entries.push((group.action, Vec::new()));
+                    }
+                    return Ok(entries);
+                }
+                refused.push(rule);
+                continue;
+            }
+            for mut list in alternatives(&rule.args) {
+                let mut hidden = false;
+                for refusal in &refused {
+                    match without(&list, refusal).map_err(wrong)? {
+                        Some(narrower) => list = narrower,
+                        None => hidden = true,
+                    }
+                }
+                if !hidden {
+                    let args = list.iter().map(oci_arg).collect::<Result<_, _>>();
+                    entries.push((group.action, args.map_err(wrong)?));
+                }
+            }
+            if rule.args.is_empty() {
+                return Ok(entries);
+            }
+        }
+    }
+    Ok(entries)
+}
+
+/// `list` without what `refusal`, which comes first, takes; `None` when that is all.
+fn without(list: &[Condition], refusal: &Rule) -> Result<Option<Vec<Condition>>, &'static str> {
+    const NO_WORDS: &str = "a refusal of some arguments before others are allowed";
+    // Apart: some argument that the refusal asks for is fixed to another value.
+    let value = |index: u8| {
+        list.iter()
+            .find(|c| c.index == index && c.op == Op::Eq)
+            .map(|c| c.value)
+    };
+    let mut args = [0; 6];
+    for (at, arg) in args.iter_mut().enumerate() {
+        *arg = u8::try_from(at).ok().and_then(value).unwrap_or(0);
+    }
+    let fixed = |arg: &&ArgSet| value(arg.index).is_some();
+    if refusal
+        .args
+        .iter()
+        .filter(fixed)
+        .any(|arg| !arg.holds(&args))
+    {
+        return Ok(Some(list.to_vec()));
+    }
+    if refusal.args.iter().all(|arg| value(arg.index).is_some()) {
+        return Ok(None);
+    }
+    // One bit that must be set, or clear: then it must be the other way.
+    let [arg] = refusal.args.as_slice() else {
+        return Err(NO_WORDS);
+    };
+    let (Op::MaskedEq(mask), [value]) = (arg.op, arg.values.as_slice()) else {
+        return Err(NO_WORDS);
+    };
+    if !mask.is_power_of_two() || list.iter().any(|c| c.index == arg.index) {
+        return Err(NO_WORDS);
+    }
+    let mut narrower = list.to_vec();
+    narrower.push(Condition {
+        index: arg.index,
+        op: arg.op,
+        value: value ^ mask,
+        width: arg.width,
+    });
+    Ok(Some(narrower))
+}
+
+fn oci_arg(condition: &Condition) -> Result<OciArg, &'static str> {
+    let low = u64::from(u32::MAX);
+    let (op, value, value_two) = match (condition.op, condition.width) {
+        // All 64 bits are compared there, and the kernel ignores the upper half.
+        (Op::Eq, Width::W32) => ("SCMP_CMP_MASKED_EQ", low, condition.value),
+        (Op::MaskedEq(mask), _) => ("SCMP_CMP_MASKED_EQ", mask, condition.value),
+        (Op::Eq, Width::W64) => ("SCMP_CMP_EQ", condition.value, 0),
+        (Op::Ne, Width::W64) => ("SCMP_CMP_NE", condition.value, 0),
+        (Op::Lt, Width::W64) => ("SCMP_CMP_LT", condition.value, 0),
+        (Op::Le, Width::W64) => ("SCMP_CMP_LE", condition.value, 0),
+        (Op::Gt, Width::W64) => ("SCMP_CMP_GT", condition.value, 0),
+        (Op::Ge, Width::W64) => ("SCMP_CMP_GE", condition.value, 0),
+        (Op::Ne | Op::Lt | Op::Le | Op::Gt | Op::Ge, Width::W32) => {
+            return Err("an unequal comparison of 32 bits, where there are 64 to compare");
+        }
+    };
+    Ok(OciArg {
+        index: condition.index.into(),
+        value,
+        value_two,
+        op: op.to_owned(),
+    })
+}
+
+/// A SeccompProfile of `security-profiles-operator.x-k8s.io/v1beta1`. JSON of it is
+/// YAML too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SeccompProfileResource {
+    api_version: &'static str,
+    kind: &'static str,
+    metadata: BTreeMap<&'static str, String>,
+    spec: OciSeccomp,
+}
+
+/// The profile as a resource called `name` (in `namespace`, if one is given). The
+/// resource has no error number for its default action, so every call that the
+/// default refuses is named with it.
+///
+/// # Errors
+/// As [`oci`].
+pub fn resource(
+    profile: &Profile,
+    name: &str,
+    namespace: Option<&str>,
+) -> Result<SeccompProfileResource, ExportError> {
+    let mut spec = oci(profile)?;
+    if spec.default_errno_ret.take().is_some() {
+        let mut names: Vec<String> = Vec::new();
+        for &(_, call) in table::SYSCALLS {
+            if !spec
+                .syscalls
+                .iter()
+                .any(|entry| entry.names.iter().any(|n| n == call))
+            {
+                names.push(call.to_owned());
+            }
+        }
+        let (action, errno_ret) = oci_action(profile.default);
+        spec.syscalls.push(OciSyscall {
+            names,
+            action,
+            errno_ret,
+            args: Vec::new(),
+        });
+    }
+    let mut metadata = BTreeMap::from([("name", name.to_owned())]);
+    if let Some(namespace) = namespace {
+        metadata.insert("namespace", namespace.to_owned());
+    }
+    Ok(SeccompProfileResource {
+        api_version: "security-profiles-operator.x-k8s.io/v1beta1",
+        kind: "SeccompProfile",
+        metadata,
+        spec,
+    })
+}
