@@ -246,6 +246,9 @@ fn exports_are_the_profile() {
             assert_eq!(json["spec"]["defaultAction"], "SCMP_ACT_ERRNO");
             assert!(json["spec"].get("defaultErrnoRet").is_none());
             let spec: OciSeccomp = serde_json::from_value(json["spec"].clone()).unwrap();
+            // Numbers that are no call have no name to say their answer by.
+            let named = |data: &&SeccompData| table::name(data.nr).is_some();
+            let calls: Vec<SeccompData> = calls.iter().filter(named).copied().collect();
             same(&profile, &spec, &calls).unwrap();
         }
     }
