@@ -1,7 +1,7 @@
 //! The least profile for what was observed.
 
 use crate::action::Action;
-use crate::observed::{Kind, Observed, classes};
+use crate::observed::{Class, Kind, Observed, classes};
 use crate::profile::{ArgSet, Group, LeftOut, Op, Profile, Rule, Width};
 use crate::table;
 
@@ -201,7 +201,7 @@ fn narrowed(rule: &Rule, seen: &Observed) -> Vec<Rule> {
 
 /// `rule` of the call `name` for these kinds of it: the kinds that differ in their
 /// last argument alone are one rule.
-fn by_kinds(rule: &Rule, name: &str, classes: &[(u8, u32, &str)], kinds: &[&Kind]) -> Vec<Rule> {
+fn by_kinds(rule: &Rule, name: &str, classes: &[Class], kinds: &[&Kind]) -> Vec<Rule> {
     // What the kind decides need not be asked again.
     let decided = |arg: &&ArgSet| {
         arg.width == Width::W32

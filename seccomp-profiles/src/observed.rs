@@ -6,9 +6,12 @@ use std::fmt;
 use crate::interp::SeccompData;
 use crate::table;
 
-/// Of which calls which arguments tell kinds apart: index and the bits that do.
-/// Low words all of them, as the kernel reads these arguments.
-const CLASSES: &[(&str, &[(u8, u32, &str)])] = &[
+/// An argument, the bits of its low word that count, and what it is called.
+pub(crate) type Class = (u8, u32, &'static str);
+
+/// Of which calls which arguments tell kinds apart. Low words all of them, as the
+/// kernel reads these arguments.
+const CLASSES: &[(&str, &[Class])] = &[
     (
         "socket",
         &[
@@ -38,7 +41,7 @@ const CLASSES: &[(&str, &[(u8, u32, &str)])] = &[
 ];
 
 /// The arguments of call `number` that tell its kinds apart, with the bits that do.
-pub(crate) fn classes(number: u32) -> &'static [(u8, u32, &'static str)] {
+pub(crate) fn classes(number: u32) -> &'static [Class] {
     let name = table::name(number).unwrap_or_default();
     CLASSES
         .iter()
