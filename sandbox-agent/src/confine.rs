@@ -49,7 +49,13 @@ const RLIMIT_CORE: u32 = 4;
 /// The agent's own lock-down. no_new_privs isn't set here: it is inherited,
 /// and a profile may leave it to a container.
 pub fn agent(plan: &PodPlan) -> Result<(), StepError> {
-    process::set_limit(0, RLIMIT_CORE, 0, 0).at("limit", "core size")?;
+    // For it and for all that it starts. Not 0: with that, the kernel still runs a
+    // handler (`core_pattern` with a pipe) on the host, with all of the memory; 1
+    // is its word for neither file nor handler (core(5), `do_coredump`).
+    process::set_limit(0, RLIMIT_CORE, 1, 1)
+        // Where the node's own hard limit is 0 already.
+        .or_else(|_| process::set_limit(0, RLIMIT_CORE, 0, 0))
+        .at("limit", "core size")?;
     ident::limit_bounding(AGENT_CAPS).at("limit", "bounding set")?;
     ident::set_caps(CapSets {
         effective: AGENT_CAPS,

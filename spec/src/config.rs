@@ -8,6 +8,7 @@ mod exec;
 mod host_paths;
 mod images;
 mod network;
+mod secrets;
 mod sysctls;
 
 use std::fs;
@@ -25,6 +26,7 @@ pub use exec::{Exec, ExecPolicy, ExecUsers};
 pub use host_paths::HostPaths;
 pub use images::Images;
 pub use network::{Metadata, Network, WithoutNftables};
+pub use secrets::{Secrets, Token};
 pub use sysctls::Sysctls;
 
 /// Where the configuration is unless told otherwise.
@@ -55,6 +57,8 @@ pub struct Config {
     pub volumes: Volumes,
     /// Networks of pods.
     pub network: Network,
+    /// Volumes with secrets, and core dumps.
+    pub secrets: Secrets,
     /// Which of the kernel's ways to take.
     pub kernel: Kernel,
     /// The shim's own log.

@@ -32,6 +32,7 @@ pub mod process;
 mod resources;
 pub mod rules;
 pub mod schedule;
+pub mod secrets;
 pub mod sysctls;
 pub mod tighten;
 pub mod users;

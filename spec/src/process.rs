@@ -15,6 +15,7 @@ use crate::load::LoadedProcess;
 use crate::paths::plain_absolute;
 use crate::rules::{APPARMOR, ID, PROCESS, SELINUX};
 use crate::schedule::{self, Schedule};
+use crate::secrets;
 use crate::tighten::Tightened;
 
 /// A resource limit, see getrlimit(2).
@@ -112,6 +113,7 @@ pub fn tighten_process(
         &mut journal,
     )?;
     exec::contain(&process, &exec, container, &config.exec)?;
+    secrets::no_core_dumps(&mut exec, &config.secrets, &mut journal);
     exec.terminal = terminal;
 
     if process.capabilities().is_none() {

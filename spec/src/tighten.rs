@@ -29,6 +29,7 @@ use crate::rules::{
     PERSONALITY, PRIVILEGED, PROCESS, ROOTFS_PROPAGATION, Rule, UNSUPPORTED,
 };
 use crate::schedule;
+use crate::secrets;
 use crate::sysctls;
 use crate::users::{self, PodUsers};
 
@@ -234,7 +235,8 @@ pub fn tighten(
         .map(|sets| Caps::from(sets).union())
         .unwrap_or_default();
     refuse_capabilities(asked_capabilities, effective.capabilities, config)?;
-    let process = process::check(process, effective.capabilities, force, &mut journal)?;
+    let mut process = process::check(process, effective.capabilities, force, &mut journal)?;
+    secrets::no_core_dumps(&mut process, &config.secrets, &mut journal);
     let process = ProcessSpec {
         schedule,
         ..process
@@ -244,9 +246,13 @@ pub fn tighten(
 
     let mut mounts = Vec::new();
     for (i, mount) in spec.mounts().iter().flatten().enumerate() {
-        let (mount, notes) = mount::check(mount, i, force, users.as_ref())?;
+        let (mut mount, notes) = mount::check(mount, i, force, users.as_ref())?;
         for note in notes {
             journal.warn("mounts[].options", &note);
+        }
+        let withheld = secrets::apply(&mut mount, &config.secrets, asked.withhold_token);
+        if let Some(note) = withheld {
+            journal.stricter("mounts[].source", &note);
         }
         mounts.push(mount);
     }

@@ -1,8 +1,10 @@
 //! The mounts of a container, made on the host and staged for the agent.
 
+use std::borrow::Cow;
+
 use casemate_cgroup::Cgroup;
 use casemate_protocol::plan::{LaunchPlan, MountSource};
-use casemate_spec::Tightened;
+use casemate_spec::{Config, MountSpec, Tightened, secrets};
 use casemate_sys::mount::attr;
 
 use super::{ContainerRequest, Sandbox, SandboxError};
@@ -58,7 +60,8 @@ pub fn stage(
                 cgroup_view::base(&controllers).step("make", "/sys/fs/cgroup")?
             }
             Staged::Bind(number, mount) => {
-                let volume = volume::open(mount, &sources.take(*number)?, &terms)?;
+                let mount = hardened(mount, &pod.config);
+                let volume = volume::open(&mount, &sources.take(*number)?, &terms)?;
                 below.push((entries.len(), volume.below));
                 let is_directory = volume.directory;
                 for entry in &mut launch.plan.mounts {
@@ -94,4 +97,21 @@ pub fn stage(
             .step("stage cgroups of", &request.id)?;
     }
     Ok(launch.plan)
+}
+
+/// A sub path of a volume with secrets is treated as the volume: its own path
+/// doesn't say what it is of, but what else the kubelet has for the pod does.
+fn hardened<'a>(mount: &'a MountSpec, config: &Config) -> Cow<'a, MountSpec> {
+    let volumes = secrets::volumes_of_sub_path(&mount.source);
+    let found = volumes
+        .into_iter()
+        .find(|(volume, _)| rustix::fs::lstat(volume.as_str()).is_ok());
+    match found {
+        None => Cow::Borrowed(mount),
+        Some((_, holds)) => {
+            let mut mount = mount.clone();
+            secrets::harden(&mut mount, holds, &config.secrets);
+            Cow::Owned(mount)
+        }
+    }
 }

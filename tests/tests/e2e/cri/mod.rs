@@ -15,6 +15,7 @@ mod node;
 mod policy;
 mod refuse;
 mod sandboxer;
+mod secrets;
 mod security;
 mod stream;
 mod userns;
@@ -85,6 +86,7 @@ pub fn trials() -> Vec<Trial> {
         network::TESTS,
         policy::TESTS,
         refuse::TESTS,
+        secrets::TESTS,
         security::TESTS,
         stream::TESTS,
         volumes::TESTS,

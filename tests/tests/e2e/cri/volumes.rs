@@ -36,10 +36,10 @@ pub const SINCE_2: &[(&str, super::Test)] = &[
 ];
 
 /// A tmpfs on the host, as memory-backed volumes are.
-struct Memory(PathBuf);
+pub struct Memory(pub PathBuf);
 
 impl Memory {
-    fn new(dir: PathBuf) -> Result<Self, Stop> {
+    pub fn new(dir: PathBuf) -> Result<Self, Stop> {
         fs::create_dir_all(&dir)?;
         rustix::mount::mount(
             "tmpfs",
