@@ -6,6 +6,7 @@ mod bundle;
 mod error;
 mod events;
 mod install;
+mod network;
 mod operator;
 mod ps;
 mod rootfs;
@@ -51,6 +52,9 @@ enum Command {
     /// What the proof of an installation runs inside of a sandbox
     #[command(hide = true)]
     InsideProof,
+    /// Print what a pod's network guard has let through and refused
+    #[command(after_help = network::EXAMPLES)]
+    Network(network::Network),
 }
 
 const EXAMPLES: &str = "\
@@ -93,6 +97,7 @@ fn main() {
         Command::Run(options) => (run::run(&options), OWN_FAILURE),
         Command::Ps(options) => (ps::run(&options), OWN_FAILURE),
         Command::Events(options) => (events::run(&options), OWN_FAILURE),
+        Command::Network(options) => (network::run(&options), OWN_FAILURE),
         Command::Install(options) => (install::install(&options), 1),
         Command::Uninstall(options) => (install::uninstall(&options), 1),
         Command::InsideProof => (Ok(install::inside()), OWN_FAILURE),
