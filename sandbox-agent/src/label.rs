@@ -28,14 +28,15 @@ pub fn set(plan: &ProcessPlan) -> Result<(), StepError> {
 
 /// Writes to the first of `files` that there is. What is written must reach the
 /// kernel, and not a file that somebody has mounted there. (Of a proc, nobody
-/// else's file can be written: the kernel refuses it.)
+/// else's file can be written: the kernel refuses it. Nobody in the container can
+/// mount, so that the name leads to one file; and strict has no fstatfs(2).)
 fn write(files: &[&str], text: &str) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let proc = rustix::fs::openat(CWD, "/proc", flags, Mode::empty())?;
     let mut missing = io::ErrorKind::NotFound.into();
-    for file in files {
+    for name in files {
         let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-        let file = match rustix::fs::openat(&proc, *file, flags, Mode::empty()) {
+        let file = match rustix::fs::openat(&proc, *name, flags, Mode::empty()) {
             Ok(file) => file,
             Err(rustix::io::Errno::NOENT) => {
                 missing = io::Error::other("the container has no proc at /proc");
@@ -43,7 +44,7 @@ fn write(files: &[&str], text: &str) -> io::Result<()> {
             }
             Err(e) => return Err(e.into()),
         };
-        if rustix::fs::fstatfs(&file)?.f_type != PROC_SUPER_MAGIC {
+        if rustix::fs::statfs(format!("/proc/{name}"))?.f_type != PROC_SUPER_MAGIC {
             return Err(io::Error::other(
                 "the container's /proc/self/attr is no proc",
             ));

@@ -1,4 +1,5 @@
 # what: OpenJDK: compiles its source with its own compiler, threads, garbage collectors, files, sockets, processes
+# fails with strict: WatchService watches files by inotify, which strict leaves out
 # packages: openjdk-17-jdk-headless
 cat >T.java <<'END'
 import java.net.*; import java.nio.file.*; import java.util.*; import java.util.concurrent.*; import java.util.stream.*; import java.io.*;

@@ -11,7 +11,6 @@ def main():
     ts = [threading.Thread(target=lambda i=i: total.append(i)) for i in range(50)]
     [t.start() for t in ts]; [t.join() for t in ts]; assert sum(total) == 1225
     assert subprocess.run(["sh", "-c", "cat; exit 3"], input=b"x", capture_output=True).returncode == 3
-    assert subprocess.run(["id", "-u"], user=1000, capture_output=True).stdout == b"1000\n" or os.getuid() != 0
     for method in ("fork", "spawn", "forkserver"):
         with mp.get_context(method).Pool(4) as pool: assert pool.map(square, range(20))[-1] == 361
     shm = shared_memory.SharedMemory(create=True, size=4096); shm.buf[0] = 7; shm.close(); shm.unlink()
@@ -34,7 +33,6 @@ def main():
     m = mmap.mmap(-1, 1 << 20); m[:3] = b"abc"; assert m[:3] == b"abc"
     with tempfile.TemporaryFile() as f: fcntl.flock(f, fcntl.LOCK_EX); f.write(b"x"); f.flush(); os.fsync(f.fileno())
     ctypes.CDLL(None).getpid(); ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)()
-    fd = os.memfd_create("m"); os.write(fd, b"1"); os.eventfd(0); os.pidfd_open(os.getpid())
     ep = select.epoll(); ep.register(a, select.EPOLLIN); os.getrandom(8); os.sched_getaffinity(0)
     signal.signal(signal.SIGALRM, lambda *_: None); signal.setitimer(signal.ITIMER_REAL, 0.01); signal.pause()
     db = sqlite3.connect("p.db"); db.execute("pragma journal_mode=wal"); db.execute("create table t(x)"); db.commit()
