@@ -225,15 +225,32 @@ fn what_is_no_program_is_refused() {
     }
 }
 
-/// Not a bound, machines differ: printed for the record, and checked to be
-/// within a hundred times what it should be.
+/// The filter that runc installs for containerd's default profile, as the kernel
+/// gave it back: one instruction a line, code, jt, jf, k.
+fn runcs() -> Vec<u8> {
+    let text = include_str!("../../seccomp-profiles/tests/data/runc-default.txt");
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    let instruction = |line: &str| {
+        let [code, jt, jf, k] = line.split(' ').collect::<Vec<_>>().try_into().unwrap();
+        let code = u16::from_str_radix(code, 16).unwrap().to_ne_bytes();
+        let k = u32::from_str_radix(k, 16).unwrap().to_ne_bytes();
+        let jumps = [jt.parse().unwrap(), jf.parse().unwrap()];
+        [&code[..], &jumps, &k].concat()
+    };
+    lines.flat_map(instruction).collect()
+}
+
+/// At most 0.15 ms, in the quickest of many: what neighbours do only adds. The
+/// median is printed, and beside it that of runc's filter.
 #[test]
 fn installation_is_quick() {
+    let runcs = runcs();
     // Under the pause's nothing could be told.
-    for name in seccomp_profiles::shipped_names().filter(|name| *name != "pause") {
-        let program = seccomp_profiles::shipped_program(name).unwrap();
-        let mut best = Duration::MAX;
-        for _ in 0..15 {
+    let ours = seccomp_profiles::shipped_names().filter(|name| *name != "pause");
+    let ours = ours.map(|name| (name, seccomp_profiles::shipped_program(name).unwrap()));
+    for (name, program) in ours.chain([("runc", runcs.as_slice())]) {
+        let mut times = Vec::new();
+        for _ in 0..101 {
             let (reader, writer) = rustix::pipe::pipe().unwrap();
             let outcome = forked(|| {
                 // SAFETY: prctl with integers.
@@ -248,12 +265,17 @@ fn installation_is_quick() {
             assert_eq!(outcome, Outcome::Returned);
             let mut nanos = [0; 8];
             assert_eq!(rustix::io::read(&reader, &mut nanos), Ok(8));
-            best = best.min(Duration::from_nanos(u64::from_ne_bytes(nanos)));
+            times.push(Duration::from_nanos(u64::from_ne_bytes(nanos)));
         }
+        times.sort_unstable();
+        let (best, median) = (times[0], times[times.len() / 2]);
         println!(
-            "{name}: {} instructions, installed in {best:?}",
+            "{name}: {} instructions, installed in {median:?}, {best:?} at best",
             program.len() / 8
         );
-        assert!(best < Duration::from_millis(10), "{name}: {best:?}");
+        assert!(
+            name == "runc" || best <= Duration::from_micros(150),
+            "{name}: {best:?}"
+        );
     }
 }
