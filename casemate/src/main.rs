@@ -8,6 +8,7 @@ mod events;
 mod install;
 mod network;
 mod operator;
+mod posture;
 mod ps;
 mod rootfs;
 mod run;
@@ -43,6 +44,9 @@ enum Command {
     /// Print what happened in pods: refused calls, execs, refusals, losses
     #[command(after_help = events::EXAMPLES)]
     Events(events::Events),
+    /// Compare a living pod with what was promised of it
+    #[command(after_help = posture::EXAMPLES)]
+    Posture(posture::Posture),
     /// Set up the programs and containerd on this node, and see that it works
     #[command(after_help = install::INSTALL_EXAMPLES)]
     Install(Box<install::Install>),
@@ -98,6 +102,7 @@ fn main() {
         Command::Ps(options) => (ps::run(&options), OWN_FAILURE),
         Command::Events(options) => (events::run(&options), OWN_FAILURE),
         Command::Network(options) => (network::run(&options), OWN_FAILURE),
+        Command::Posture(options) => (posture::run(&options), OWN_FAILURE),
         Command::Install(options) => (install::install(&options), 1),
         Command::Uninstall(options) => (install::uninstall(&options), 1),
         Command::InsideProof => (Ok(install::inside()), OWN_FAILURE),

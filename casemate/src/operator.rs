@@ -193,6 +193,11 @@ impl Operator {
         self.ask("Inspect", &json!({}), Duration::ZERO).await
     }
 
+    /// What its processes were promised to be.
+    pub async fn promise(&self) -> Result<Value, RunError> {
+        self.ask("Promise", &json!({}), Duration::ZERO).await
+    }
+
     /// Records from number `since` on; waits for one as long as `wait`.
     pub async fn records(&self, since: u64, wait: Duration) -> Result<Value, RunError> {
         let ask = json!({

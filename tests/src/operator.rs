@@ -4,6 +4,7 @@
 use std::process::Command;
 use std::time::Duration;
 
+use casemate_posture::{Depth, Deviation, Promise};
 use serde_json::{Value, json};
 
 use crate::bundle::Task;
@@ -47,4 +48,12 @@ pub fn records(task: &Task, kind: &str) -> Result<Vec<Value>> {
     let page = ask(task.rpc()?, "Records", &json!({}), SHORT)?;
     let all = page["records"].as_array().cloned().unwrap_or_default();
     Ok(all.into_iter().filter(|r| r["kind"] == kind).collect())
+}
+
+/// What isn't as the shim of this task promised.
+pub fn deviations(task: &Task, depth: Depth) -> Result<Vec<Deviation>> {
+    let said = ask(task.rpc()?, "Promise", &json!({}), SHORT)?;
+    let promise: Promise = serde_json::from_value(said)
+        .map_err(|error| Failure::Unexpected(format!("a promise that can't be read: {error}")))?;
+    Ok(casemate_posture::compare(&promise, depth))
 }

@@ -39,6 +39,13 @@ fn devices_need_net_admin(cgroup: &Cgroup) -> Result<bool, SandboxError> {
     Ok(refused)
 }
 
+/// The most that the shim of a pod with such a cgroup keeps.
+pub fn kept(cgroup: &Cgroup) -> u64 {
+    let keep = KEPT.iter().fold(0u64, |set, cap| set | 1 << cap);
+    // Whether the kernel asks for it can't be tried any more.
+    keep | if cgroup.is_v2() { 1 << NET_ADMIN } else { 0 }
+}
+
 /// Drops capabilities, forbids new privileges, installs the shim's filter.
 ///
 /// `cgroup` is one like those that later containers get.

@@ -20,7 +20,7 @@ use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-use super::{hooks, mounts, namespaces, place, users, verify};
+use super::{hooks, mounts, namespaces, place, promise, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::Step;
 use crate::host::hooks::Runner;
@@ -38,7 +38,7 @@ const EMPTY_WITHIN: Duration = Duration::from_millis(600);
 
 /// One container of the pod.
 pub struct Container {
-    id: String,
+    pub(super) id: String,
     pub(super) spec: Tightened,
     pub(super) config: Config,
     pub(super) filter: (Vec<u8>, u32),
@@ -52,10 +52,10 @@ pub struct Container {
     journal: Arc<Journal>,
     next_key: AtomicU32,
     /// Host id of the container's root.
-    container_root: u32,
+    pub(super) container_root: u32,
     bundle: PathBuf,
     /// Host pid of init.
-    init_pid: u32,
+    pub(super) init_pid: u32,
     runner: Option<Arc<Runner>>,
     hooks: hooks::Inside,
     /// The last hooks have had their turn.
@@ -63,6 +63,8 @@ pub struct Container {
     /// Nothing of it is left on the host.
     gone: AtomicBool,
     leftovers: Arc<Leftovers>,
+    /// As they were set last.
+    pub(super) limits: promise::Kept,
 }
 
 /// Undoes what a failed create has made.
@@ -151,6 +153,7 @@ pub(super) async fn create(
                 forker_pid,
                 forker_pidfd,
                 init,
+                limits: promise::kept(&cgroup),
                 cgroup,
                 staging: pod.staging.clone(),
                 directory,

@@ -11,6 +11,7 @@ mod mounts;
 mod namespaces;
 mod pause;
 mod place;
+mod promise;
 mod shared;
 mod users;
 mod verify;

@@ -18,6 +18,7 @@ use ttrpc::{Code, Request, Response, Status, get_status};
 use crate::error::ShimError;
 use crate::pod::Pod;
 use crate::pod::process::Process;
+use crate::pod::state::Phase;
 use crate::pod::task::Task;
 
 /// Name of the service.
@@ -35,8 +36,9 @@ const PROCESSES: usize = 256;
 
 /// The service.
 pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
-    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 2] = [
+    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 3] = [
         ("Inspect", Box::new(Inspect { pod: pod.clone() })),
+        ("Promise", Box::new(Promise { pod: pod.clone() })),
         (
             "Records",
             Box::new(Records {
@@ -97,6 +99,35 @@ impl MethodHandler for Inspect {
     async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
         Ok(answer(&inspect(&self.pod)))
     }
+}
+
+struct Promise {
+    pod: Arc<Pod>,
+}
+
+#[async_trait]
+impl MethodHandler for Promise {
+    async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
+        Ok(promise(&self.pod).map_or_else(|e| refusal(status(e)), |body| answer(&body)))
+    }
+}
+
+/// What living processes of the pod were promised to be.
+fn promise(pod: &Pod) -> Result<Value, ShimError> {
+    let mut promise = pod.sandbox()?.promise();
+    for task in pod.tasks() {
+        let Some(container) = task.container() else {
+            continue;
+        };
+        let ended = task.init.facts().phase == Phase::Stopped;
+        let said = container.promise();
+        if ended {
+            promise.forkers.push(said.forker);
+        } else {
+            promise.containers.push(said);
+        }
+    }
+    serde_json::to_value(promise).map_err(|e| ShimError::Unknown(format!("promise: {e}")))
 }
 
 fn inspect(pod: &Pod) -> Value {

@@ -286,6 +286,24 @@ fn up(cut: &Cut, word: &str) -> Answer<bool> {
             "exec-garbage" => message::send(&cut.raw, &[0xff; 64], &[])?,
             "exec-oversize" => message::send(&cut.raw, &[0; 20_000], &[])?,
             "exec-ended-before" => send(&FromForker::Exited { key, status: 3 }, &[])?,
+            "exec-flood" => {
+                let exited = FromForker::Exited {
+                    key: 4242,
+                    status: 0,
+                };
+                for _ in 0..100_000 {
+                    send(&exited, &[])?;
+                }
+            }
+            "exec-flood-of-descriptors" => {
+                let file = null()?;
+                let many: Vec<_> = (0..32).map(|_| file.as_fd()).collect();
+                for _ in 0..10_000 {
+                    cut.shim
+                        .send(&FromForker::Started { key: 4242 }, &many)
+                        .map_err(other)?;
+                }
+            }
             "exec-ready-again" => send(&FromForker::Ready, &fds)?,
             "exec-long-text" => {
                 let text = "\u{1b}[31mline\nanother\r\n".repeat(100);

@@ -23,6 +23,7 @@ crate::trials![
     c141_agent_that_lies_as_a_forker,
     c141_forker_that_lies_of_an_exec,
     c141_forker_that_lies_of_an_exit,
+    c141_flood_of_messages_stays_in_its_pod,
     c141_control_an_honest_relay,
 ];
 
@@ -51,6 +52,8 @@ fn lying(word: &str) -> Result<Task, Stop> {
         &format!("[sandbox]\nagent_path = \"{}\"\n", path.display()),
     )?;
     task.spec["hostname"] = word.into();
+    // A process between shim and agent is just what a look at the posture finds.
+    task.posture = false;
     Ok(task)
 }
 
@@ -243,4 +246,47 @@ fn c141_forker_that_lies_of_an_exit() -> Outcome {
         in_case(word, exec_behind(word, ends))?;
     }
     Ok(())
+}
+
+/// The most memory that the shim ever had, in KiB.
+fn peak(shim: u32) -> u64 {
+    let text = procs::status_field(shim, "VmHWM").unwrap_or_default();
+    let number = text.split_whitespace().next().and_then(|n| n.parse().ok());
+    number.unwrap_or(0)
+}
+
+/// A forker that floods: what it sends is neither kept nor answered, and other
+/// pods go on.
+fn c141_flood_of_messages_stays_in_its_pod() -> Outcome {
+    casemate_only()?;
+    let other = Task::sleeping("beside")?;
+    for word in ["exec-flood", "exec-flood-of-descriptors"] {
+        let task = running(word)?;
+        let shim = task.shim_pid()?;
+        let before = peak(shim);
+        ensure!(before > 0, "no VmHWM of the shim");
+        let descriptors = fs::read_dir(format!("/proc/{shim}/fd"))?.count();
+        let exec = Exec::sh(&task, "e", "exit 6")?;
+        exec.add()?;
+        let begun = Instant::now();
+        if exec.start().is_ok() {
+            exec.wait()?;
+        }
+        let beside = Exec::sh(&other, word, "exit 7")?;
+        ensure_eq!(beside.run()?.0, 7, "an exec in another pod");
+        let took = begun.elapsed();
+        ensure!(took < Duration::from_secs(5), "{word}: {took:?}");
+        let ended = task.rpc()?.wait(&task.id, Duration::from_secs(5))?;
+        ensure_eq!(ended.exit_status, 137, "exit of the container");
+        let grown = peak(shim).saturating_sub(before);
+        ensure!(grown < 4096, "{word}: the shim grew by {grown} KiB");
+        let now = fs::read_dir(format!("/proc/{shim}/fd"))?.count();
+        ensure!(
+            now <= descriptors,
+            "{word}: {descriptors} descriptors, now {now}"
+        );
+        exec.delete()?;
+        task.finish()?;
+    }
+    Ok(other.finish()?)
 }

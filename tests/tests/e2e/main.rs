@@ -42,6 +42,7 @@ mod pause;
 mod pods;
 mod pods_life;
 mod policy;
+mod posture;
 mod probes;
 mod probes_outside;
 mod probes_topics;
@@ -110,6 +111,7 @@ fn main() -> ExitCode {
         hooks::trials(),
         pods::trials(),
         pods_life::trials(),
+        posture::trials(),
         probes::trials(),
         probes_outside::trials(),
         hostile::trials(),

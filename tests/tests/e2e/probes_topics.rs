@@ -182,6 +182,7 @@ const TRIALS: &[(&str, &[&str])] = &[
             "c141_agent_that_lies_as_a_forker",
             "c141_forker_that_lies_of_an_exec",
             "c141_forker_that_lies_of_an_exit",
+            "c141_flood_of_messages_stays_in_its_pod",
             "fault_wedged_forker_and_agent",
         ],
     ),
@@ -224,13 +225,19 @@ const TRIALS: &[(&str, &[&str])] = &[
             "c118_host_namespaces",
         ],
     ),
+    (
+        "T38",
+        &[
+            "posture_of_pods_as_promised",
+            "posture_a_process_that_came_from_outside",
+        ],
+    ),
 ];
 
 /// Topics that nothing stands for yet, and why.
 pub const OPEN: &[(&str, &str)] = &[
     ("T23", "no guard of the network yet"),
     ("T31", "no broker yet"),
-    ("T38", "the state is read from outside, and not shown yet"),
 ];
 
 /// The same as a map.

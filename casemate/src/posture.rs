@@ -1,0 +1,67 @@
+//! `casemate posture`: whether a living pod still is what its shim promised.
+
+use std::io::Write;
+
+use casemate_posture::{Depth, Promise};
+use clap::Args;
+use serde_json::json;
+
+use crate::error::{RunError, Step};
+use crate::operator::{self, Operator};
+
+/// Help text.
+pub const EXAMPLES: &str = "\
+Examples:
+  casemate posture POD            what is not as promised, a line each
+  casemate posture --json POD     the same, with the promise
+
+The host's kernel is asked about every process of the pod: ids, capabilities,
+no_new_privs, filters and their hashes, namespaces, cgroups and limits, mounts and
+their flags, open files; so about agent and shim. Each process is stopped for the
+moment in which its filters are read. Exit status: 0 if all is as promised, 1 if
+something is not, 125 if that can't be told.";
+
+/// Of which pod.
+#[derive(Debug, Args)]
+pub struct Posture {
+    /// Its id or the beginning of it, or Kubernetes' name
+    pod: String,
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    /// Stop no process: filters are counted, not compared
+    #[arg(long)]
+    glance: bool,
+}
+
+/// Compares; 1 if something isn't as promised.
+pub fn run(options: &Posture) -> Result<i32, RunError> {
+    operator::needs_root("posture")?;
+    let pod = operator::find(&options.pod)?;
+    let said = operator::block_on(async { Operator::connect(&pod).await?.promise().await })?;
+    let promise: Promise = serde_json::from_value(said).map_err(|e| RunError::Shim {
+        step: "Promise",
+        reason: format!(
+            "the answer is not understood ({e}): install shim and casemate of one release"
+        ),
+    })?;
+    let depth = if options.glance {
+        Depth::Glance
+    } else {
+        Depth::Whole
+    };
+    let found = casemate_posture::compare(&promise, depth);
+    let text = if options.json {
+        let all = json!({ "pod": pod.id, "deviations": found, "promise": promise });
+        format!("{all}\n")
+    } else {
+        found
+            .iter()
+            .map(|deviation| format!("{deviation}\n"))
+            .collect()
+    };
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .step("write to", "standard output")?;
+    Ok(i32::from(!found.is_empty()))
+}
