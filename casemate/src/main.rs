@@ -3,6 +3,7 @@
 //! looks after living pods.
 
 mod bundle;
+mod doctor;
 mod error;
 mod events;
 mod install;
@@ -59,6 +60,9 @@ enum Command {
     /// Print what a pod's network guard has let through and refused
     #[command(after_help = network::EXAMPLES)]
     Network(network::Network),
+    /// Look for what keeps this node from running pods
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::Doctor),
 }
 
 const EXAMPLES: &str = "\
@@ -106,6 +110,7 @@ fn main() {
         Command::Install(options) => (install::install(&options), 1),
         Command::Uninstall(options) => (install::uninstall(&options), 1),
         Command::InsideProof => (Ok(install::inside()), OWN_FAILURE),
+        Command::Doctor(options) => (doctor::run(&options), OWN_FAILURE),
     };
     // Not by returning: a thread may still be reading our standard input.
     std::process::exit(match result {

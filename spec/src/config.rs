@@ -4,10 +4,12 @@
 //! because a misspelt one would otherwise be a policy that isn't there.
 
 mod annotations;
+mod diagnose;
 mod exec;
 mod host_paths;
 mod images;
 mod network;
+mod schema;
 mod secrets;
 mod sysctls;
 
@@ -22,10 +24,12 @@ use crate::error::{ConfigError, one_line};
 use crate::paths::plain_absolute;
 
 pub use annotations::Annotations;
+pub use diagnose::{Diagnosis, Problem, diagnose};
 pub use exec::{Exec, ExecPolicy, ExecUsers};
 pub use host_paths::HostPaths;
 pub use images::Images;
 pub use network::{Metadata, Network, WithoutNftables};
+pub use schema::schema;
 pub use secrets::{Secrets, Token};
 pub use sysctls::Sysctls;
 
@@ -440,7 +444,9 @@ impl Config {
                 ),
             );
         }
+        let kubelet = vec![self.host_paths.kubelet.clone()];
         let lists = [
+            ("host_paths.kubelet", &kubelet),
             ("devices.allow", &self.devices.allow),
             ("hooks.allow", &self.hooks.allow),
             ("host_paths.allow", &self.host_paths.allow),

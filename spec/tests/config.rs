@@ -144,3 +144,52 @@ fn what_is_written_out_reads_back() {
     let text = toml::to_string(&config).unwrap();
     assert_eq!(Config::parse(Path::new("x"), &text).unwrap(), config);
 }
+
+#[test]
+fn a_diagnosis_has_every_problem_with_its_place() {
+    let dir = Dir::new("diagnosis");
+    let look = || casemate_spec::config::diagnose(&dir.0.join("config.toml"));
+    assert!(look().problems.is_empty() && look().files.is_empty());
+    dir.write(
+        "config.toml",
+        "profile = \"lax\"\n[ids]\nbase = 1000\n\n[sandbox]\nallow_hostnetwork = true\napi = 3\n",
+    );
+    dir.write(
+        "config.d/1.toml",
+        "[hooks]\ntimeout = 0\n[images]\nregistries = \"x\"\n",
+    );
+    dir.write("config.d/2.toml", "\n[ids\n");
+    let found = look();
+    assert_eq!(found.files.len(), 3);
+    let mut places: Vec<(String, Option<usize>, String)> = found
+        .problems
+        .iter()
+        .map(|p| {
+            assert!(!p.reason.is_empty() && !p.way_out.is_empty(), "{p:?}");
+            let file = p.file.file_name().unwrap().to_string_lossy().into_owned();
+            (file, p.line, p.key.clone())
+        })
+        .collect();
+    places.sort();
+    let want = [
+        ("1.toml", Some(2), "hooks.timeout"),
+        ("1.toml", Some(4), "images.registries"),
+        ("2.toml", Some(2), ""),
+        ("config.toml", Some(1), "profile"),
+        ("config.toml", Some(3), "ids.base"),
+        ("config.toml", Some(6), "sandbox.allow_hostnetwork"),
+        ("config.toml", Some(7), "sandbox.api"),
+    ];
+    let places: Vec<(&str, Option<usize>, &str)> =
+        places.iter().map(|(f, l, k)| (&**f, *l, &**k)).collect();
+    assert_eq!(places, want);
+    let of = |key: &str| found.problems.iter().find(|p| p.key == key).unwrap();
+    assert_eq!(of("ids.base").value, "1000");
+    assert!(
+        of("sandbox.allow_hostnetwork")
+            .reason
+            .contains("allow_host_network")
+    );
+    // It finds something wherever a pod would.
+    dir.read().unwrap_err();
+}

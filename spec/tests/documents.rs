@@ -15,6 +15,7 @@ fn the_pages_are_what_the_code_says() {
     for (name, page) in [
         ("oci-coverage.md", document::coverage_page()),
         ("refusals.md", document::refusals_page()),
+        ("config.schema.json", schema()),
     ] {
         let path = docs.join(name);
         if std::env::var_os(WRITE).is_some() {
@@ -26,6 +27,34 @@ fn the_pages_are_what_the_code_says() {
             "docs/{name} is not what the code says: run `make docs-tables` and commit it"
         );
     }
+}
+
+fn schema() -> String {
+    serde_json::to_string_pretty(&casemate_spec::config::schema()).unwrap() + "\n"
+}
+
+#[test]
+fn the_schema_knows_kinds_and_words() {
+    let schema = casemate_spec::config::schema();
+    let at = |path: &str| {
+        schema
+            .pointer(&path.replace(':', "/properties/"))
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(
+        at(":profile")["enum"],
+        serde_json::json!(["strict", "default", "compat"])
+    );
+    assert_eq!(
+        at(":exec:policy")["enum"],
+        serde_json::json!(["deny", "record", "allow"])
+    );
+    assert_eq!(at(":annotations:allow")["items"]["enum"][0], "profile");
+    assert_eq!(at(":ids:base")["type"], "integer");
+    assert_eq!(at(":sandbox:agent_path")["type"], "string");
+    assert_eq!(at(":sandbox")["additionalProperties"], false);
+    assert!(at(":host_paths:allow")["items"]["enum"].is_null());
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use casemate_tests::bundle::Task;
 use casemate_tests::exec::Exec;
-use casemate_tests::operator::records;
+use casemate_tests::operator::{casemate, records};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, fail};
@@ -28,6 +28,7 @@ crate::trials![
     policy_capabilities_and_images,
     policy_exec_denied_and_contained,
     policy_exec_is_recorded,
+    policy_doctor_finds_what_stops_pods,
 ];
 
 fn bind(source: &Path) -> Value {
@@ -404,5 +405,41 @@ fn policy_exec_is_recorded() -> Outcome {
         ensure!(!log.contains("hunter2"), "log: {log}");
         task.finish()?;
     }
+    Ok(())
+}
+
+fn policy_doctor_finds_what_stops_pods() -> Outcome {
+    casemate_only()?;
+    let scratch = tempfile::tempdir_in("/tmp")?;
+    let path = scratch.path().join("config.toml");
+    let path = path.display().to_string();
+    let fine = casemate(&["doctor", "--config", &path])?;
+    ensure!(
+        fine.code() == 0 && fine.out().contains("defaults hold"),
+        "{}",
+        fine.out()
+    );
+    fs::write(&path, "[exec]\npolicy = \"maybe\"\n")?;
+    fs::create_dir(scratch.path().join("config.d"))?;
+    fs::write(scratch.path().join("config.d/1.toml"), "[ids]\ncount = 0\n")?;
+    let bad = casemate(&["doctor", "--config", &path])?;
+    ensure_eq!(bad.code(), 1, "exit");
+    for part in [
+        &*format!("{path}:2: exec.policy = \"maybe\": "),
+        "record",
+        "config.d/1.toml:2: ids.count = 0: ",
+        "use 1 or more",
+    ] {
+        ensure!(bad.out().contains(part), "{:?} lacks {part:?}", bad.out());
+    }
+    let json = casemate(&["doctor", "--config", &path, "--json"])?;
+    let found: Value = serde_json::from_str(&json.out())?;
+    ensure_eq!(json.code(), 1, "exit with --json");
+    ensure_eq!(found["problems"][0]["key"], "exec.policy", "{found}");
+    ensure_eq!(found["problems"][1]["line"], 2, "{found}");
+    // And a pod says no as well.
+    let mut task = Task::new("doctor", &["/bin/true"])?;
+    configure(&mut task, "[exec]\npolicy = \"maybe\"\n")?;
+    ensure!(told(task)?.contains("exec.policy"), "a pod's own words");
     Ok(())
 }
