@@ -16,6 +16,7 @@ mod run;
 mod shim;
 mod stdio;
 mod terminal;
+mod why;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -63,6 +64,9 @@ enum Command {
     /// Look for what keeps this node from running pods
     #[command(after_help = doctor::EXAMPLES)]
     Doctor(doctor::Doctor),
+    /// Tell which calls of a pod were refused, why, and what would allow them
+    #[command(after_help = why::EXAMPLES)]
+    Why(why::Why),
 }
 
 const EXAMPLES: &str = "\
@@ -107,6 +111,7 @@ fn main() {
         Command::Events(options) => (events::run(&options), OWN_FAILURE),
         Command::Network(options) => (network::run(&options), OWN_FAILURE),
         Command::Posture(options) => (posture::run(&options), OWN_FAILURE),
+        Command::Why(options) => (why::run(&options), OWN_FAILURE),
         Command::Install(options) => (install::install(&options), 1),
         Command::Uninstall(options) => (install::uninstall(&options), 1),
         Command::InsideProof => (Ok(install::inside()), OWN_FAILURE),

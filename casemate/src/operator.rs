@@ -206,4 +206,9 @@ impl Operator {
         });
         self.ask("Records", &ask, wait).await
     }
+
+    /// Counts of refused calls.
+    pub async fn denials(&self) -> Result<Value, RunError> {
+        self.ask("Denials", &json!({}), Duration::ZERO).await
+    }
 }

@@ -34,6 +34,8 @@ pub const AGENT_SOCKET: i32 = 3;
 /// Number of the id range's lock in the agent at its start; more locks may
 /// follow it.
 pub const AGENT_LOCK: i32 = 4;
+/// The most entries of one [`FromAgent::Denied`]: they fit into a packet.
+pub const MAX_DENIALS: usize = 64;
 /// Key of a container's init among its processes.
 pub const INIT_KEY: u32 = 0;
 
@@ -53,6 +55,14 @@ pub enum ToAgent {
     /// process, the pause. Descriptors: the channel for [`FromPause`], the plan
     /// ([`plan::PausePlan`] in a memfd), and the user namespace B.
     Pause,
+    /// Answer refused calls. Descriptors: the plan ([`plan::BrokerPlan`] in a
+    /// memfd), and the listeners of the container's filter.
+    Broker {
+        /// Names the container in [`FromAgent::Denied`].
+        container: u32,
+    },
+    /// Say [`FromAgent::Pong`].
+    Ping,
 }
 
 /// From the first process of the pod's pid namespace. That the channel ends
@@ -82,6 +92,30 @@ pub enum FromAgent {
         /// One line: step and reason.
         text: String,
     },
+    /// Calls of a container that were refused since it last said so.
+    Denied {
+        /// Which one, as in [`ToAgent::Broker`].
+        container: u32,
+        /// At most [`MAX_DENIALS`].
+        list: Vec<Denial>,
+    },
+    /// It heard [`ToAgent::Ping`].
+    Pong,
+}
+
+/// Refused calls of one sort.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Denial {
+    /// Number of the rule; `u16::MAX` where none was found.
+    pub rule: u16,
+    /// Number of the call.
+    pub nr: u32,
+    /// The arguments that [`plan::BrokerPlan::classes`] chooses, low halves.
+    pub args: [u32; 3],
+    /// Stands for all others too, of which there is no room to tell more.
+    pub others: bool,
+    /// How many.
+    pub count: u64,
 }
 
 /// From the shim to the forker of a container.
@@ -110,7 +144,8 @@ pub enum ToForker {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromForker {
     /// The container is assembled and the forker locked down. Descriptors: a
-    /// pidfd of the forker, and, where init exists already, one of init.
+    /// pidfd of the forker; where init exists already, one of init; then, where
+    /// the plan has a filter that asks, its listeners: of the forker, and of init.
     Ready,
     /// The container can't be made; the sender ends.
     LaunchFailed {

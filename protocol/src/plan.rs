@@ -61,6 +61,20 @@ pub struct LaunchPlan {
     /// The network isn't the pod's own: keep abstract sockets to the container, with
     /// Landlock.
     pub shares_network: bool,
+    /// The same filter, with refusals that are asked of a listener; empty: none are.
+    pub asks: Vec<u8>,
+}
+
+/// How refused calls are answered.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BrokerPlan {
+    /// Finds the rule that a call meets (`struct sock_filter` array): the verdict
+    /// is `SECCOMP_RET_TRACE` with its number. Interpreted, and never installed.
+    pub program: Vec<u8>,
+    /// Error number to answer, by number of the rule; 0 is EPERM.
+    pub errnos: Vec<u16>,
+    /// Calls of which some arguments are told, and which: a bit for each.
+    pub classes: Vec<(u32, u8)>,
 }
 
 /// How the first process of the pod's pid namespace locks itself.

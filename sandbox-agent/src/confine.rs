@@ -81,8 +81,9 @@ pub enum Who<'a> {
 /// Where a container is assembled, seen from the agent's root.
 pub const NEW_ROOT: &str = "/new";
 
-/// The container's lock-down.
-pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<(), StepError> {
+/// The container's lock-down. The listener of its filter comes back, where that
+/// asks one: from here on a refused call waits for who has it.
+pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Option<OwnedFd>, StepError> {
     ident::limit_bounding(plan.bounding).at("limit", "bounding set")?;
     if plan.no_new_privs {
         ident::set_no_new_privs().at("set", "no_new_privs")?;
@@ -92,7 +93,16 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<(), StepError> {
     }
     // Without no_new_privs the filter needs CAP_SYS_ADMIN, so it comes before
     // the capabilities go.
-    seccomp::install_filter(&plan.filter, 0).at("install filter", "container")?;
+    let (filter, flags) = match who {
+        Who::Forker if !plan.asks.is_empty() => {
+            // Signals don't interrupt a question that is being answered, so none
+            // is asked (and counted) twice.
+            let flags = seccomp::FLAG_NEW_LISTENER | seccomp::FLAG_WAIT_KILLABLE_RECV;
+            (&plan.asks, flags)
+        }
+        Who::Forker | Who::Hook(_) => (&plan.filter, 0),
+    };
+    let listener = seccomp::install_filter(filter, flags).at("install filter", "container")?;
     let keep = match who {
         Who::Forker if plan.own_filters => plan.bounding | FORKER_CAPS | SYS_ADMIN,
         Who::Forker => plan.bounding | FORKER_CAPS,
@@ -103,7 +113,8 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<(), StepError> {
         permitted: keep,
         inheritable: plan.bounding,
     })
-    .at("set", "capabilities")
+    .at("set", "capabilities")?;
+    Ok(listener)
 }
 
 /// Everything below the root as the mounts and modes allow it, but: devices

@@ -72,13 +72,12 @@ impl EarlyInit {
     }
 
     /// Has it locked. To be called after the change of root, which must have
-    /// reached it too.
-    pub fn lock(&self) -> Result<(), StepError> {
+    /// reached it too. The listener of its filter, where that asks one.
+    pub fn lock(&self) -> Result<Option<OwnedFd>, StepError> {
         let mut packet = vec![LOCK];
         packet.extend(root_identity()?);
         message::send(&self.socket, &packet, &[]).at("lock", "the container's init")?;
-        spawn::told(&self.socket)?.ok_or_else(|| died("lock", "the container's init"))?;
-        Ok(())
+        spawn::told(&self.socket)?.ok_or_else(|| died("lock", "the container's init"))
     }
 
     /// Makes it the init of `plan`, parked before exec. On error it is gone.
@@ -183,8 +182,12 @@ fn live(
         ));
     }
     rustix::process::chdir("/").at("change to", "/")?;
-    launch::enter_locked(plan, namespace_b, &Who::Forker)?;
-    spawn::prepared(socket, &[])?;
+    let listener = launch::enter_locked(plan, namespace_b, &Who::Forker)?;
+    let listeners: Vec<_> = listener.iter().map(AsFd::as_fd).collect();
+    spawn::prepared(socket, &listeners)?;
+    drop(listeners);
+    // Whoever had it could answer for this container's calls.
+    drop(listener);
 
     let (packet, mut fds) = next(socket)?;
     let (Some((&BECOME, number)), false) = (packet.split_first(), fds.is_empty()) else {

@@ -50,8 +50,12 @@ impl Forker {
         let me = self.container.me.take();
         let mut fds: Vec<&OwnedFd> = me.iter().collect();
         fds.extend(self.container.early.as_ref().map(|early| &early.pidfd));
+        let listeners = std::mem::take(&mut self.container.listeners);
+        fds.extend(&listeners);
         self.answer(&FromForker::Ready, &fds)?;
         drop(me);
+        // No process of the container may come to have one.
+        drop(listeners);
         loop {
             let mut fds = [
                 PollFd::new(&self.channel, PollFlags::IN),

@@ -28,6 +28,8 @@ pub struct Container {
     pub early: Option<EarlyInit>,
     /// The forker itself, until the shim has it.
     pub me: Option<OwnedFd>,
+    /// Of the filters of forker and first process, for the shim.
+    pub listeners: Vec<OwnedFd>,
 }
 
 /// How proc of the container's pid namespace can be mounted.
@@ -89,11 +91,13 @@ pub fn assemble(
     ident::set_securebits(ident::securebits::NO_SETUID_FIXUP).at("set", "securebits")?;
     ident::set_fs_ids(ROOT_IN_A, ROOT_IN_A).at("set", "file ids")?;
 
-    let container = assemble_root(plan, &namespace_b, channel, hooks, joined)?;
-    if let Some(early) = &container.early {
-        early.lock()?;
-    }
-    enter_locked(plan, &namespace_b, &Who::Forker)?;
+    let mut container = assemble_root(plan, &namespace_b, channel, hooks, joined)?;
+    let of_init = match &container.early {
+        Some(early) => early.lock()?,
+        None => None,
+    };
+    let own = enter_locked(plan, &namespace_b, &Who::Forker)?;
+    container.listeners = own.into_iter().chain(of_init).collect();
     Ok(container)
 }
 
@@ -117,12 +121,13 @@ fn wait_for_shim(channel: &Channel) -> Result<Vec<OwnedFd>, StepError> {
 }
 
 /// Enters the container's user namespace and takes the container's locks: the
-/// last step of whoever is to run, or to fork, what a tenant brought.
+/// last step of whoever is to run, or to fork, what a tenant brought. What comes
+/// back is the listener of its filter, where that asks one.
 pub fn enter_locked(
     plan: &LaunchPlan,
     namespace_b: &OwnedFd,
     who: &Who<'_>,
-) -> Result<(), StepError> {
+) -> Result<Option<OwnedFd>, StepError> {
     namespace::enter(namespace_b, kind::USER).at("enter", "the container's user namespace")?;
     ident::set_groups(&[]).at("set", "groups")?;
     ident::set_gid(0).at("set", "gid")?;
@@ -206,6 +211,7 @@ fn assemble_root(
         console,
         early,
         me: Some(me),
+        listeners: Vec::new(),
     })
 }
 

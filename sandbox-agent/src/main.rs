@@ -5,6 +5,7 @@
 //! its control socket as descriptor 3 and the lock of its id range as 4. Ends
 //! when the shim's end of the socket closes; the kernel then ends the pod.
 
+mod broker;
 mod confine;
 mod early;
 mod error;

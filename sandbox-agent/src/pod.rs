@@ -3,8 +3,9 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::Instant;
 
-use casemate_protocol::plan::{LaunchPlan, PodPlan};
+use casemate_protocol::plan::{BrokerPlan, LaunchPlan, PodPlan};
 use casemate_protocol::{
     AGENT_LOCK, AGENT_SOCKET, Channel, FromAgent, FromForker, ToAgent, TransportError, VERSION,
     clip, read_plan,
@@ -12,9 +13,10 @@ use casemate_protocol::{
 use casemate_sys::mount::{self, NewFs, attr, clone_tree};
 use casemate_sys::process::{self, Fork};
 use casemate_sys::{exec, ident, memory, namespace};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags};
 
+use crate::broker::Broker;
 use crate::confine;
 use crate::error::{At, StepError};
 use crate::launch;
@@ -43,16 +45,23 @@ pub fn run() -> Result<(), StepError> {
     }
     let signals = process::child_signals().at("watch", "children")?;
     memory::release_startup();
+    let mut broker = Broker::default();
     loop {
-        let mut fds = [
+        let mut fds = vec![
             PollFd::new(&channel, PollFlags::IN),
             PollFd::new(&signals, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
+        fds.extend(broker.listeners().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        let limit = broker.next_report(Instant::now()).map(until);
+        match poll(&mut fds, limit.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e).at("poll", ""),
         }
-        let (message, children) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
+        let ready: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
+        drop(fds);
+        let (message, children) = (!ready[0].is_empty(), !ready[1].is_empty());
+        broker.serve(&ready[2..]);
+        broker.report(&channel);
         if children {
             drain(&signals);
             while let Ok(Some(_)) = process::reap_any() {}
@@ -62,12 +71,46 @@ pub fn run() -> Result<(), StepError> {
                 Ok(None) => return Ok(()),
                 Ok(Some((ToAgent::Launch, fds))) => launch(fds),
                 Ok(Some((ToAgent::Pause, fds))) => crate::pause::start(fds),
+                Ok(Some((ToAgent::Broker { container }, fds))) => {
+                    take_listeners(&mut broker, container, fds)?;
+                }
+                // Full: the shim hears nothing, and is right.
+                Ok(Some((ToAgent::Ping, _))) => {
+                    let _unheard = channel.send_now(&FromAgent::Pong, &[]);
+                }
                 Ok(Some((ToAgent::Configure, _))) => {}
                 Err(TransportError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(io::Error::other(e)).at("receive", ""),
             }
         }
     }
+}
+
+/// How long it is until then.
+fn until(then: Instant) -> Timespec {
+    let left = then.saturating_duration_since(Instant::now());
+    // No longer than a report may wait: it fits.
+    Timespec::try_from(left).unwrap_or(Timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    })
+}
+
+/// Without its plan no call could be answered: the pod ends, rather than wait.
+fn take_listeners(
+    broker: &mut Broker,
+    container: u32,
+    mut fds: Vec<OwnedFd>,
+) -> Result<(), StepError> {
+    if fds.is_empty() {
+        return Err(StepError::invalid("receive", "listeners", "no descriptor"));
+    }
+    let listeners = fds.split_off(1);
+    let plan: BrokerPlan = read_plan(fds.remove(0))
+        .map_err(io::Error::other)
+        .at("read", "broker plan")?;
+    broker.take(container, plan, listeners);
+    Ok(())
 }
 
 fn send(channel: &Channel, message: &FromAgent) -> Result<(), StepError> {

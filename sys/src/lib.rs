@@ -12,6 +12,7 @@ pub mod memory;
 pub mod message;
 pub mod mount;
 pub mod namespace;
+pub mod notify;
 pub mod process;
 pub mod schedule;
 pub mod seccomp;

@@ -125,6 +125,9 @@ pub fn ready(agent: &Agent) -> Result<(), SandboxError> {
              agent of one release"
         ))),
         Ok(Some((FromAgent::Failed { text }, _))) => Err(failed(text)),
+        Ok(Some((FromAgent::Denied { .. } | FromAgent::Pong, _))) => {
+            Err(failed("it answers out of turn".into()))
+        }
         Ok(None) => Err(failed(
             "it ended at once; is sandbox.agent_path in config.toml a casemate-agent?".into(),
         )),

@@ -166,6 +166,7 @@ pub fn container(
         own_filters: own_filter(process) && spec.seccomp.is_some(),
         joins_pids: false,
         shares_network: false,
+        asks: Vec::new(),
     };
     Ok(Launch { plan, staged })
 }

@@ -112,6 +112,7 @@ impl Pod {
             pod_id: self.id.clone(),
             bundle: self.bundle.clone(),
             origin,
+            records: self.records.clone(),
         })?;
         lockdown::lock(sandbox.cgroup())?;
         self.book().slot = Slot::Made(sandbox.clone());

@@ -5,6 +5,8 @@
 //! kind, and what is lost by either is counted. No record has arguments,
 //! environment or file contents of a workload.
 
+pub mod class;
+pub mod denials;
 pub mod limit;
 pub mod spool;
 
@@ -15,6 +17,8 @@ use std::time::{Instant, SystemTime};
 use serde::Serialize;
 use tokio::sync::watch;
 
+use casemate_protocol::Denial;
+use denials::Denials;
 use limit::Limits;
 
 /// Records kept.
@@ -30,7 +34,6 @@ const LONGEST: usize = 4096;
 pub enum Record {
     /// Calls that the pod's filter refused. The first of its sort is told at
     /// once, more of them as a number.
-    #[allow(dead_code)]
     Denial {
         /// Container id.
         container: String,
@@ -97,7 +100,6 @@ pub enum Record {
     },
     /// Refused calls of a container are no longer counted, or its pod was ended
     /// because nobody answered them.
-    #[allow(dead_code)]
     BrokerLoss {
         /// Container id.
         container: String,
@@ -202,6 +204,7 @@ struct Shared {
     pod: String,
     ring: Mutex<Ring>,
     last: watch::Sender<u64>,
+    denials: Mutex<Denials>,
 }
 
 /// A record as it is told.
@@ -230,6 +233,7 @@ impl Records {
                     limits: Limits::new(Instant::now()),
                 }),
                 last: watch::Sender::new(0),
+                denials: Mutex::default(),
             }),
         }
     }
@@ -295,6 +299,35 @@ impl Records {
                 .collect(),
             dropped: ring.dropped,
         }
+    }
+
+    fn denials(&self) -> MutexGuard<'_, Denials> {
+        let denials = self.shared.denials.lock();
+        denials.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts refused calls of a container, which has this number with its agent.
+    pub fn denied(
+        &self,
+        number: u32,
+        container: &Arc<denials::Container>,
+        list: &[Denial],
+    ) -> Result<(), &'static str> {
+        let records = self.denials().add(number, container, list)?;
+        for record in &records {
+            self.push(record);
+        }
+        Ok(())
+    }
+
+    /// All refused calls.
+    pub fn denial_list(&self) -> serde_json::Value {
+        self.denials().list()
+    }
+
+    /// How many calls of a container were refused.
+    pub fn denial_total(&self, container: &str) -> u64 {
+        self.denials().total(container)
     }
 
     /// What was lost.

@@ -20,7 +20,12 @@ use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
+<<<<<<< HEAD
 use super::{hooks, mounts, namespaces, place, promise, users, verify};
+=======
+use super::pipes::give_pipe;
+use super::{broker, hooks, mounts, namespaces, place, users, verify};
+>>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::Step;
 use crate::host::hooks::Runner;
@@ -207,6 +212,9 @@ async fn launch(
     let mut plan = mounts::stage(pod, request, spec, cgroup, (directory, sources))?;
     plan.joins_pids = joined.is_some();
     plan.shares_network = pod.network.namespace().is_none();
+    if pod.broker.is_some() {
+        plan.asks = broker::filter(&spec.effective.profile_name)?;
+    }
     let sealed = seal_plan(&plan)
         .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
     let (ours, theirs) = message::pair().step("make", "socket pair")?;
@@ -247,9 +255,19 @@ async fn launch(
     }
     // Its place in the cgroup is the forker's now.
     drop(holder);
-    let Reply::Ready(forker_pidfd, early) = reply else {
+    let Reply::Ready(forker_pidfd, mut others) = reply else {
         return Err(out_of_turn());
     };
+    // Init, where it exists already, and a listener of each who has a filter that asks.
+    let asks = pod.broker.is_some();
+    let early = match (others.len(), asks) {
+        (0, false) | (1, true) => None,
+        (1, false) | (3, true) => Some(others.remove(0)),
+        _ => return Err(out_of_turn()),
+    };
+    if let Some(broker) = &pod.broker {
+        broker.take(&request.id, &spec.effective.profile_name, others)?;
+    }
     let forker_pid = verify::child(&forker_pidfd, pod.agent.pid)?.ok_or_else(ended)?;
     // Init inherits from the forker, unless it is there already.
     let early = match &early {
@@ -285,22 +303,6 @@ async fn launch(
 
 fn ended() -> SandboxError {
     SandboxError::Unavailable("the process has ended before its start".into())
-}
-
-/// Makes a pipe the process' own, so that it can open /dev/stdout anew. Other
-/// files, /dev/null above all, are shared with the host and stay as they are.
-fn give_pipe(fd: &OwnedFd, root: u32, process: (u32, u32)) -> std::io::Result<()> {
-    let stat = rustix::fs::fstat(fd)?;
-    if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::Fifo {
-        return Ok(());
-    }
-    if (stat.st_uid, stat.st_gid) != (0, 0) {
-        // containerd named an owner (io_uid, io_gid: host ids), and it is set.
-        return Ok(());
-    }
-    let uid = rustix::fs::Uid::from_raw(root + process.0);
-    let gid = rustix::fs::Gid::from_raw(root + process.1);
-    Ok(rustix::fs::fchown(fd, Some(uid), Some(gid))?)
 }
 
 /// The OOM score that all processes of the container inherit from the forker.

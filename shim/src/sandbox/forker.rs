@@ -20,8 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Answers to requests.
 #[derive(Debug)]
 pub enum Reply {
-    /// The forker is ready; its pidfd, and init's where it exists already.
-    Ready(OwnedFd, Option<OwnedFd>),
+    /// The forker is ready; its pidfd, and what else it has to give.
+    Ready(OwnedFd, Vec<OwnedFd>),
     /// A process exists: pidfd, and master of its terminal.
     Spawned(OwnedFd, Option<OwnedFd>),
     /// A parked process has passed exec.
@@ -297,7 +297,7 @@ fn handle(
                 return Err("unsolicited answer");
             }
             let forker = fds.next().ok_or("no pidfd")?;
-            Ok(Reply::Ready(forker, fds.next()))
+            Ok(Reply::Ready(forker, fds.collect()))
         }
         FromForker::Waiting => {
             if state.current != ITSELF {

@@ -2,6 +2,7 @@
 //! containerd types. Everything here returns file descriptors, host pids and
 //! typed errors; the service layer owns records, events and RPC rules.
 
+mod broker;
 mod container;
 mod facts;
 mod forker;
@@ -10,6 +11,7 @@ mod leftovers;
 mod mounts;
 mod namespaces;
 mod pause;
+mod pipes;
 mod place;
 mod promise;
 mod shared;
@@ -36,6 +38,8 @@ use crate::host::network::Network;
 use crate::host::staging::Staging;
 use crate::host::{Step, dev, lsm, userns};
 use crate::plan;
+use crate::record::Records;
+use broker::Broker;
 use leftovers::Leftovers;
 
 pub use container::Container;
@@ -104,6 +108,8 @@ pub struct PodRequest {
     pub bundle: PathBuf,
     /// What the pod is made by.
     pub origin: Origin,
+    /// Where to what happens in it is written.
+    pub records: Records,
 }
 
 /// What says how a pod is made.
@@ -199,6 +205,8 @@ pub struct Sandbox {
     /// The containers' user namespace.
     userns: OwnedFd,
     agent: Agent,
+    /// Answers refused calls, where the configuration has it so.
+    broker: Option<Broker>,
     cgroup: Cgroup,
     /// The cgroup above is the pod's alone.
     has_parent: bool,
@@ -358,10 +366,12 @@ impl Sandbox {
                 let userns =
                     userns::make(&agent.pidfd).map_err(|e| agent::ended_early(&agent, e))?;
                 agent::ready(&agent)?;
-                Ok(userns)
+                let broker = config.broker.enabled;
+                let broker = broker.then(|| Broker::new(&agent, request.records));
+                Ok((userns, broker.transpose()?))
             });
             match pod {
-                Ok(userns) => Ok((agent, userns)),
+                Ok((userns, broker)) => Ok((agent, userns, broker)),
                 Err(e) => {
                     if end(&agent) {
                         range.give_back();
@@ -372,7 +382,7 @@ impl Sandbox {
         });
         // The agent was born in there, or there is none.
         drop(holder);
-        let (agent, userns) = match made {
+        let (agent, userns, broker) = match made {
             Ok(made) => made,
             Err(e) => {
                 if cgroup.remove(Duration::from_millis(200)).is_ok() {
@@ -391,6 +401,7 @@ impl Sandbox {
             staging: Arc::new(staging),
             userns,
             agent,
+            broker,
             cgroup,
             has_parent,
             asked: (spec.pod.kind == Kind::Sandbox).then_some(spec.asked),

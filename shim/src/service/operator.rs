@@ -38,7 +38,11 @@ const PROCESSES: usize = 256;
 pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
     let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 3] = [
         ("Inspect", Box::new(Inspect { pod: pod.clone() })),
+<<<<<<< HEAD
         ("Promise", Box::new(Promise { pod: pod.clone() })),
+=======
+        ("Denials", Box::new(Denials { pod: pod.clone() })),
+>>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
         (
             "Records",
             Box::new(Records {
@@ -101,11 +105,16 @@ impl MethodHandler for Inspect {
     }
 }
 
+<<<<<<< HEAD
 struct Promise {
+=======
+struct Denials {
+>>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
     pod: Arc<Pod>,
 }
 
 #[async_trait]
+<<<<<<< HEAD
 impl MethodHandler for Promise {
     async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
         Ok(promise(&self.pod).map_or_else(|e| refusal(status(e)), |body| answer(&body)))
@@ -130,6 +139,14 @@ fn promise(pod: &Pod) -> Result<Value, ShimError> {
     serde_json::to_value(promise).map_err(|e| ShimError::Unknown(format!("promise: {e}")))
 }
 
+=======
+impl MethodHandler for Denials {
+    async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
+        Ok(answer(&self.pod.records.denial_list()))
+    }
+}
+
+>>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
 fn inspect(pod: &Pod) -> Value {
     let sandbox = pod.sandbox();
     let containers: Vec<Value> = pod.tasks().iter().map(|task| container(task)).collect();
@@ -165,7 +182,10 @@ fn container(task: &Task) -> Value {
         })
         .collect();
     match task.container() {
-        Some(container) => about["sandbox"] = container.facts(),
+        Some(container) => {
+            about["sandbox"] = container.facts();
+            about["denied"] = task.records.denial_total(&task.id).into();
+        }
         None => about["pause"] = true.into(),
     }
     about

@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
 use casemate_protocol::plan::PodPlan;
-use casemate_protocol::{AGENT_SOCKET, Channel, FromAgent, FromForker, ToAgent, ToForker};
+use casemate_protocol::{AGENT_SOCKET, Channel, Denial, FromAgent, FromForker, ToAgent, ToForker};
 use casemate_protocol::{VERSION, read_plan};
 use casemate_sys::process::{self, Fork};
 use casemate_sys::{exec, message, mount};
@@ -224,6 +224,9 @@ fn relay(shim: Channel, agent: Channel, word: &str) -> Answer<()> {
             }
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             agent.send(&message, &fds).map_err(other)?;
+            if let ToAgent::Broker { container } = message {
+                lie_of_denials(&shim, container, word)?;
+            }
         }
         if ready[1] {
             let Some((message, fds)) = agent.receive::<FromAgent>(true).map_err(other)? else {
@@ -245,6 +248,58 @@ fn relay(shim: Channel, agent: Channel, word: &str) -> Answer<()> {
                 cuts.remove(&id);
             }
         }
+    }
+}
+
+/// What it says of refused calls, of which there were none.
+fn lie_of_denials(shim: &Channel, container: u32, word: &str) -> Answer<()> {
+    let honest = Denial {
+        rule: 0,
+        nr: 165,
+        args: [0; 3],
+        others: false,
+        count: 1,
+    };
+    let say = |container: u32, list: Vec<Denial>| {
+        let message = FromAgent::Denied { container, list };
+        shim.send(&message, &[]).map_err(other)
+    };
+    match word {
+        "denials-of-nobody" => say(container + 7, vec![honest]),
+        "denials-of-no-rule" => say(
+            container,
+            vec![Denial {
+                rule: 60_000,
+                ..honest
+            }],
+        ),
+        "denials-of-no-call" => say(
+            container,
+            vec![Denial {
+                nr: u32::MAX,
+                ..honest
+            }],
+        ),
+        "denials-too-many" => say(
+            container,
+            vec![Denial {
+                count: u64::MAX,
+                ..honest
+            }],
+        ),
+        "denials-that-never-end" => {
+            // The shim takes a few a second: it is this process that waits.
+            for n in 0..40u32 {
+                let list = (0..40u32).map(|m| Denial {
+                    args: [n, m, 0],
+                    count: 1 << 20,
+                    ..honest
+                });
+                say(container, list.collect())?;
+            }
+            Ok(())
+        }
+        _ => Ok(()),
     }
 }
 

@@ -13,6 +13,8 @@ use std::time::Duration;
 mod attack;
 #[path = "../probe/enter.rs"]
 mod enter;
+#[path = "../probe/refused.rs"]
+mod refused;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -43,6 +45,9 @@ fn obey(words: &[&str]) -> ExitCode {
         ["make"] => attack::make(),
         ["namespaces"] => attack::namespaces(),
         ["calls"] => attack::calls(),
+        ["refused", count, names @ ..] => refused::each(count.parse().unwrap_or(1), names),
+        ["refused-time", count] => refused::time(count.parse().unwrap_or(1)),
+        ["refused-sorts", count] => refused::sorts(count.parse().unwrap_or(1)),
         ["processes", pids @ ..] => attack::processes(pids),
         ["reach", limit] => attack::reach(limit.parse().unwrap_or(0)),
         ["listen", name] => attack::listen(name),

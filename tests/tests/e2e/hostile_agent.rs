@@ -9,11 +9,14 @@ use std::time::{Duration, Instant};
 
 use casemate_tests::bundle::Task;
 use casemate_tests::exec::Exec;
+use casemate_tests::operator::{ask, records};
 use casemate_tests::run::until;
+use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::world::binaries;
 use casemate_tests::{World, ensure, ensure_eq, procs};
 use rustix::process::Signal;
+use serde_json::json;
 
 use crate::common::{RUNNING, casemate_only, expect_code, status};
 use crate::hostile_node::configure;
@@ -25,6 +28,7 @@ crate::trials![
     c141_forker_that_lies_of_an_exit,
     c141_flood_of_messages_stays_in_its_pod,
     c141_control_an_honest_relay,
+    c141_agent_that_lies_of_denials,
 ];
 
 /// The lying agent, with a real one behind its own bytes.
@@ -248,6 +252,7 @@ fn c141_forker_that_lies_of_an_exit() -> Outcome {
     Ok(())
 }
 
+<<<<<<< HEAD
 /// The most memory that the shim ever had, in KiB.
 fn peak(shim: u32) -> u64 {
     let text = procs::status_field(shim, "VmHWM").unwrap_or_default();
@@ -289,4 +294,44 @@ fn c141_flood_of_messages_stays_in_its_pod() -> Outcome {
         task.finish()?;
     }
     Ok(other.finish()?)
+=======
+fn c141_agent_that_lies_of_denials() -> Outcome {
+    casemate_only()?;
+    for (word, is_caught) in [
+        ("denials-of-nobody", true),
+        ("denials-of-no-rule", true),
+        ("denials-of-no-call", true),
+        ("denials-too-many", true),
+        ("denials-that-never-end", false),
+    ] {
+        let check = || -> Outcome {
+            let mut task = lying(word)?;
+            task.boot()?;
+            task.create()?;
+            task.rpc()?.start(&task.id)?;
+            until("its word", Duration::from_secs(10), || {
+                let losses = records(&task, "broker_loss").map_or(0, |found| found.len());
+                let told = task
+                    .rpc()
+                    .and_then(|rpc| ask(rpc, "Denials", &json!({}), SHORT));
+                match is_caught {
+                    true => losses == 1,
+                    // The table is full, and the rest one number.
+                    false => told.is_ok_and(|t| t["beyond"].as_u64() > Some(1 << 20)),
+                }
+            })?;
+            let told = ask(task.rpc()?, "Denials", &json!({}), SHORT)?;
+            let sorts = told["denials"].as_array().map_or(0, Vec::len);
+            ensure!(sorts <= 512, "{sorts} sorts are kept");
+            ensure!(is_caught == (sorts == 0), "{sorts} sorts are believed");
+            // The rest of the pod is as it was.
+            ensure_eq!(status(&task)?, RUNNING, "state");
+            let (code, _) = Exec::new(&task, "e", &["/bin/true"])?.run()?;
+            ensure_eq!(code, 0, "exit code of an exec");
+            Ok(task.finish()?)
+        };
+        in_case(word, check())?;
+    }
+    Ok(())
+>>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
 }

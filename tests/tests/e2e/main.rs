@@ -7,6 +7,7 @@
 mod bad_input;
 mod bootstrap;
 mod bootstrap_shim;
+mod broker;
 mod calls;
 mod common;
 mod cri;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
         daemon::trials(),
         oci::trials(),
         operator::trials(),
+        broker::trials(),
         items::trials(),
         errors::trials(),
         sandbox::trials(),

@@ -1,0 +1,139 @@
+//! `casemate why`: which calls of a pod were refused, by which rule, why, and what
+//! would allow them.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::error::{RunError, Step, one_line};
+use crate::operator::{self, Operator};
+
+/// Help text.
+pub const EXAMPLES: &str = "\
+Examples:
+  casemate why web-0             a pod by Kubernetes' name
+  casemate why default/web-0     with its namespace, where names repeat
+  casemate why 3f2a              by the beginning of its id
+  casemate why --json POD        everything, as one JSON object
+
+What is counted are calls that the pod's profile refuses. Calls that a filter of
+the specification's own refuses (securityContext.seccompProfile), or that fail
+for want of a capability or by Landlock, are the kernel's to answer, and aren't
+seen here.";
+
+/// Of which pod, and how.
+#[derive(Debug, Args)]
+pub struct Why {
+    /// As one JSON object
+    #[arg(long)]
+    json: bool,
+    /// The pod: its id or the beginning of it, or Kubernetes' name
+    #[arg(value_name = "POD")]
+    pod: String,
+}
+
+/// Explains.
+pub fn run(options: &Why) -> Result<i32, RunError> {
+    operator::needs_root("why")?;
+    let name = options.pod.as_str();
+    let mut refusals = operator::refusals();
+    refusals.retain(|refusal| {
+        let pod = refusal["pod"].as_str().unwrap_or_default();
+        !name.is_empty() && pod.starts_with(name)
+    });
+    let said = match operator::find(name) {
+        Ok(pod) => {
+            refusals.retain(|refusal| refusal["pod"] == pod.id);
+            operator::block_on(async { Operator::connect(&pod).await?.denials().await })?
+        }
+        // What is left of a pod that was refused.
+        Err(_) if !refusals.is_empty() => json!({ "denials": [], "beyond": 0 }),
+        Err(error) => return Err(error),
+    };
+    let text = match options.json {
+        true => {
+            let mut all = said;
+            all["refusals"] = refusals.into();
+            format!("{all}\n")
+        }
+        false => explain(&said, &refusals),
+    };
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .step("write to", "standard output")?;
+    Ok(0)
+}
+
+fn explain(said: &Value, refusals: &[Value]) -> String {
+    let mut text = String::new();
+    for refusal in refusals {
+        let said = one_line(refusal["text"].as_str().unwrap_or_default());
+        let rule = refusal["rule"].as_str().unwrap_or("-");
+        let at = refusal["at"].as_str().unwrap_or_default();
+        let _infallible = writeln!(text, "refused at {at} by {rule}\n  {said}");
+    }
+    let empty = Vec::new();
+    let denials = said["denials"].as_array().unwrap_or(&empty);
+    for denial in denials {
+        let of = |name: &str| one_line(denial[name].as_str().unwrap_or("-"));
+        let class = match of("class") {
+            class if class.is_empty() => class,
+            class => format!(" ({class})"),
+        };
+        let way = match denial["allowed_by"].as_str() {
+            Some(profile) => format!(
+                "profile {profile} lets it pass: casemate.io/profile: {profile} on the pod, where \
+                 annotations.allow of config.toml has \"profile\"; or profile = \"{profile}\" there, \
+                 for the whole node"
+            ),
+            None => "no profile lets it pass".to_owned(),
+        };
+        let _infallible = writeln!(
+            text,
+            "{}x {}{class} -> {} in container {}\n  rule   {}\n  why    {}\n  allow  {way}",
+            denial["count"],
+            of("syscall"),
+            of("errno"),
+            of("container"),
+            of("rule"),
+            of("reason"),
+        );
+    }
+    if said["beyond"].as_u64().is_some_and(|beyond| beyond > 0) {
+        let _infallible = writeln!(
+            text,
+            "{}x of more sorts than are told apart",
+            said["beyond"]
+        );
+    }
+    if text.is_empty() {
+        text.push_str("nothing was refused\n");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_denial_is_explained_with_its_way_out() {
+        let denial = json!({
+            "container": "c", "syscall": "socket", "class": "family=AF_PACKET", "count": 3,
+            "errno": "EPERM", "rule": "default/x/1", "reason": "raw packets", "allowed_by": null,
+        });
+        let text = explain(&json!({ "denials": [denial], "beyond": 2 }), &[]);
+        assert!(text.starts_with("3x socket (family=AF_PACKET) -> EPERM in container c\n"));
+        for part in [
+            "default/x/1",
+            "raw packets",
+            "no profile lets it pass",
+            "2x of more",
+        ] {
+            assert!(text.contains(part), "{part} is not in {text}");
+        }
+        assert_eq!(explain(&json!({}), &[]), "nothing was refused\n");
+    }
+}

@@ -1,0 +1,306 @@
+//! The shim's side of the broker: gives the agent what it needs to answer a
+//! container's refused calls, takes its word of them, and sees to it that none
+//! waits for an agent that doesn't answer.
+//!
+//! The shim keeps a copy of each listener, only to see that something waits there.
+//! Then the agent is asked for a sign of life, at most twice a second; one that
+//! gives none is killed, and its pod ends with it. Nothing runs while nothing is
+//! refused.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use casemate_protocol::plan::BrokerPlan;
+use casemate_protocol::{Channel, FromAgent, ToAgent, TransportError, seal_plan};
+use rustix::event::PollFlags;
+use seccomp_profiles::{Action, Form, shipped_explainer, shipped_program_as};
+use tokio::io::Interest;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::{KILL, SandboxError};
+use crate::host::Step;
+use crate::host::agent::Agent;
+use crate::record::denials::Container;
+use crate::record::{Record, Records, class};
+
+/// An agent that is stopped, while calls wait for it, gets this long.
+const STOPPED: Duration = Duration::from_millis(900);
+/// One that isn't, but says nothing: it may be short of processor time.
+const SILENT: Duration = Duration::from_secs(5);
+/// From one look at a listener to the next.
+const LOOK_EACH: Duration = Duration::from_millis(500);
+/// Messages taken of an agent in a second; the rest waits with it.
+const MESSAGES: u32 = 64;
+
+/// What is known of the agent.
+struct Line {
+    channel: Channel,
+    pid: u32,
+    pidfd: OwnedFd,
+    pongs: watch::Sender<u64>,
+}
+
+/// The broker of one pod.
+pub struct Broker {
+    line: Arc<Line>,
+    book: Arc<Mutex<Book>>,
+    records: Records,
+}
+
+#[derive(Default)]
+struct Book {
+    next: u32,
+    containers: BTreeMap<u32, Arc<Container>>,
+    /// Plans by name of the profile, as containers of a pod mostly share one.
+    plans: BTreeMap<String, OwnedFd>,
+}
+
+fn lock(book: &Mutex<Book>) -> MutexGuard<'_, Book> {
+    book.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The filter of a profile that asks a listener.
+pub fn filter(profile: &str) -> Result<Vec<u8>, SandboxError> {
+    shipped_program_as(profile, Form::Notify)
+        .map(<[u8]>::to_vec)
+        .ok_or_else(|| SandboxError::Failed(format!("profile \"{profile}\" isn't in this binary")))
+}
+
+fn plan(container: &Container) -> Result<OwnedFd, SandboxError> {
+    let name = &container.profile;
+    let program = shipped_program_as(name, Form::Explain)
+        .ok_or_else(|| SandboxError::Failed(format!("profile \"{name}\" isn't in this binary")))?;
+    let errno = |action| match action {
+        Action::Errno(number) => number,
+        _ => 0,
+    };
+    let rules = container.explainer.rules();
+    seal_plan(&BrokerPlan {
+        program: program.to_vec(),
+        errnos: rules.iter().map(|rule| errno(rule.action)).collect(),
+        classes: class::masks(),
+    })
+    .map_err(|e| SandboxError::Failed(format!("write the broker's plan: {e}")))
+}
+
+impl Broker {
+    /// Listens to the agent from now on.
+    pub fn new(agent: &Agent, records: Records) -> Result<Broker, SandboxError> {
+        let copy = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned();
+        let line = Arc::new(Line {
+            channel: Channel::new(copy(&agent.channel).step("copy", "the agent's channel")?),
+            pid: agent.pid,
+            pidfd: copy(&agent.pidfd).step("copy", "the agent's pidfd")?,
+            pongs: watch::Sender::new(0),
+        });
+        let book = Arc::<Mutex<Book>>::default();
+        tokio::spawn(listen(line.clone(), book.clone(), records.clone()));
+        Ok(Broker {
+            line,
+            book,
+            records,
+        })
+    }
+
+    /// Hands the listeners of a container's filter to the agent.
+    pub fn take(
+        &self,
+        id: &str,
+        profile: &str,
+        listeners: Vec<OwnedFd>,
+    ) -> Result<(), SandboxError> {
+        for listener in &listeners {
+            is_listener(listener)?;
+        }
+        let explainer = shipped_explainer(profile).ok_or_else(|| {
+            SandboxError::Failed(format!("profile \"{profile}\" isn't in this binary"))
+        })?;
+        let container = Arc::new(Container {
+            id: id.to_owned(),
+            profile: profile.to_owned(),
+            explainer,
+        });
+        let number = {
+            let mut book = lock(&self.book);
+            if !book.plans.contains_key(profile) {
+                let plan = plan(&container)?;
+                book.plans.insert(profile.to_owned(), plan);
+            }
+            book.next += 1;
+            let number = book.next;
+            book.containers.insert(number, container);
+            let mut fds = Vec::new();
+            fds.extend(book.plans.get(profile).map(AsFd::as_fd));
+            fds.extend(listeners.iter().map(AsFd::as_fd));
+            let message = ToAgent::Broker { container: number };
+            let sent = self.line.channel.send_now(&message, &fds);
+            sent.map_err(|e| SandboxError::Unavailable(format!("ask the agent: {e}")))?;
+            number
+        };
+        for listener in listeners {
+            let (line, records) = (self.line.clone(), self.records.clone());
+            let (book, id) = (self.book.clone(), id.to_owned());
+            tokio::spawn(async move {
+                guard(&line, listener, &records, &id).await;
+                // The last report may be under way.
+                tokio::time::sleep(LOOK_EACH * 3).await;
+                lock(&book).containers.remove(&number);
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A descriptor that a forker sends may be anything.
+fn is_listener(fd: &OwnedFd) -> Result<(), SandboxError> {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let target = std::fs::read_link(&link).step("read", link)?;
+    if target.as_os_str() == "anon_inode:seccomp notify" {
+        return Ok(());
+    }
+    Err(SandboxError::Unavailable(
+        "the container's forker sends something else than a listener".into(),
+    ))
+}
+
+/// What waits at a descriptor, without waiting.
+fn state(fd: &OwnedFd) -> PollFlags {
+    let mut fds = [rustix::event::PollFd::new(fd, PollFlags::IN)];
+    let now = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    match rustix::event::poll(&mut fds, Some(&now)) {
+        Ok(_) => fds[0].revents(),
+        Err(_) => PollFlags::empty(),
+    }
+}
+
+/// Follows a listener until nobody is left behind its filter.
+async fn guard(line: &Line, mut listener: OwnedFd, records: &Records, id: &str) {
+    loop {
+        // Registered anew each time: in between, questions don't wake the shim.
+        let Ok(watched) = crate::io::watch(listener, Interest::READABLE) else {
+            return;
+        };
+        let ready = watched.readable().await.is_ok();
+        listener = watched.into_inner();
+        let now = state(&listener);
+        if !ready
+            || (!now.contains(PollFlags::IN) && now.intersects(PollFlags::HUP | PollFlags::ERR))
+        {
+            return;
+        }
+        if let Err(why) = line.is_alive().await
+            && state(&listener).contains(PollFlags::IN)
+        {
+            let text = format!("the agent {why} while refused calls wait for it; the pod is ended");
+            log::error!("container {id}: {text}");
+            records.push(&Record::BrokerLoss {
+                container: id.to_owned(),
+                text,
+            });
+            let _gone = casemate_sys::process::signal(&line.pidfd, KILL);
+            return;
+        }
+        tokio::time::sleep(LOOK_EACH).await;
+    }
+}
+
+impl Line {
+    /// Asks for a sign of life; how it is where none comes.
+    async fn is_alive(&self) -> Result<(), &'static str> {
+        let mut pongs = self.pongs.subscribe();
+        let before = *pongs.borrow_and_update();
+        let begun = Instant::now();
+        // A full channel says nothing either.
+        let _full = self.channel.send_now(&ToAgent::Ping, &[]);
+        for (limit, why) in [(STOPPED, "is stopped"), (SILENT, "says nothing")] {
+            let heard = pongs.wait_for(|pongs| *pongs > before);
+            if tokio::time::timeout_at(begun + limit, heard).await.is_ok() {
+                return Ok(());
+            }
+            if limit == SILENT || self.is_stopped() {
+                return Err(why);
+            }
+        }
+        Ok(())
+    }
+
+    fn is_stopped(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        let stat = stat.unwrap_or_default();
+        let state = stat
+            .rsplit_once(')')
+            .and_then(|(_, rest)| rest.split_ascii_whitespace().next());
+        matches!(state, Some("T" | "t"))
+    }
+}
+
+/// Takes the agent's words until it ends, or says what it must not.
+async fn listen(line: Arc<Line>, book: Arc<Mutex<Book>>, records: Records) {
+    let copy = line.channel.as_fd().try_clone_to_owned().map(Channel::new);
+    let Ok(channel) = copy.and_then(|copy| crate::io::watch(copy, Interest::READABLE)) else {
+        return;
+    };
+    let (mut taken, mut since) = (0, Instant::now());
+    loop {
+        let Ok(mut guard) = channel.readable().await else {
+            return;
+        };
+        let said = channel.get_ref().receive::<FromAgent>(false);
+        let what = match said {
+            Ok(Some((message, _))) => heard(&line, &book, &records, message),
+            Ok(None) => return,
+            Err(TransportError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {
+                guard.clear_ready();
+                continue;
+            }
+            Err(_) => Err("what is no message"),
+        };
+        if let Err(what) = what {
+            let text = format!("the agent says {what}; refused calls aren't counted any more");
+            log::error!("{text}");
+            records.push(&Record::BrokerLoss {
+                container: String::new(),
+                text,
+            });
+            return;
+        }
+        taken += 1;
+        if taken >= MESSAGES {
+            tokio::time::sleep_until(since + Duration::from_secs(1)).await;
+            (taken, since) = (0, Instant::now());
+        } else if since.elapsed() > Duration::from_secs(1) {
+            (taken, since) = (0, Instant::now());
+        }
+    }
+}
+
+fn heard(
+    line: &Line,
+    book: &Mutex<Book>,
+    records: &Records,
+    message: FromAgent,
+) -> Result<(), &'static str> {
+    match message {
+        FromAgent::Pong => {
+            line.pongs.send_modify(|pongs| *pongs += 1);
+            Ok(())
+        }
+        FromAgent::Denied { container, list } => {
+            let known = lock(book).containers.get(&container).cloned();
+            match known {
+                Some(known) => records.denied(container, &known, &list),
+                // Its container may have gone meanwhile.
+                None if container <= lock(book).next => Ok(()),
+                None => Err("that a container was refused something which it never had"),
+            }
+        }
+        FromAgent::Ready { .. } | FromAgent::Failed { .. } => Err("that it starts, once more"),
+    }
+}
