@@ -4,11 +4,8 @@
 //! because a misspelt one would otherwise be a policy that isn't there.
 
 mod annotations;
-<<<<<<< HEAD
 mod diagnose;
-=======
 mod broker;
->>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
 mod exec;
 mod host_paths;
 mod images;
@@ -28,11 +25,8 @@ use crate::error::{ConfigError, one_line};
 use crate::paths::plain_absolute;
 
 pub use annotations::Annotations;
-<<<<<<< HEAD
 pub use diagnose::{Diagnosis, Problem, diagnose};
-=======
 pub use broker::Broker;
->>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
 pub use exec::{Exec, ExecPolicy, ExecUsers};
 pub use host_paths::HostPaths;
 pub use images::Images;

@@ -21,7 +21,8 @@ pub struct Question {
     pub id: u64,
     /// The asking thread, in our pid namespace; 0 where it isn't seen.
     pub pid: u32,
-    flags: u32,
+    /// None are defined.
+    pub flags: u32,
     /// Number of the call.
     pub nr: u32,
     /// `AUDIT_ARCH_*`.

@@ -20,12 +20,8 @@ use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-<<<<<<< HEAD
-use super::{hooks, mounts, namespaces, place, promise, users, verify};
-=======
 use super::pipes::give_pipe;
-use super::{broker, hooks, mounts, namespaces, place, users, verify};
->>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
+use super::{broker, hooks, mounts, namespaces, place, promise, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::Step;
 use crate::host::hooks::Runner;

@@ -38,11 +38,8 @@ const PROCESSES: usize = 256;
 pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
     let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 3] = [
         ("Inspect", Box::new(Inspect { pod: pod.clone() })),
-<<<<<<< HEAD
         ("Promise", Box::new(Promise { pod: pod.clone() })),
-=======
         ("Denials", Box::new(Denials { pod: pod.clone() })),
->>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
         (
             "Records",
             Box::new(Records {
@@ -105,16 +102,11 @@ impl MethodHandler for Inspect {
     }
 }
 
-<<<<<<< HEAD
 struct Promise {
-=======
-struct Denials {
->>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
     pod: Arc<Pod>,
 }
 
 #[async_trait]
-<<<<<<< HEAD
 impl MethodHandler for Promise {
     async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
         Ok(promise(&self.pod).map_or_else(|e| refusal(status(e)), |body| answer(&body)))
@@ -139,14 +131,17 @@ fn promise(pod: &Pod) -> Result<Value, ShimError> {
     serde_json::to_value(promise).map_err(|e| ShimError::Unknown(format!("promise: {e}")))
 }
 
-=======
+struct Denials {
+    pod: Arc<Pod>,
+}
+
+#[async_trait]
 impl MethodHandler for Denials {
     async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
         Ok(answer(&self.pod.records.denial_list()))
     }
 }
 
->>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
 fn inspect(pod: &Pod) -> Value {
     let sandbox = pod.sandbox();
     let containers: Vec<Value> = pod.tasks().iter().map(|task| container(task)).collect();

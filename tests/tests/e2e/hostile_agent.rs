@@ -252,7 +252,6 @@ fn c141_forker_that_lies_of_an_exit() -> Outcome {
     Ok(())
 }
 
-<<<<<<< HEAD
 /// The most memory that the shim ever had, in KiB.
 fn peak(shim: u32) -> u64 {
     let text = procs::status_field(shim, "VmHWM").unwrap_or_default();
@@ -294,7 +293,8 @@ fn c141_flood_of_messages_stays_in_its_pod() -> Outcome {
         task.finish()?;
     }
     Ok(other.finish()?)
-=======
+}
+
 fn c141_agent_that_lies_of_denials() -> Outcome {
     casemate_only()?;
     for (word, is_caught) in [
@@ -333,5 +333,4 @@ fn c141_agent_that_lies_of_denials() -> Outcome {
         in_case(word, check())?;
     }
     Ok(())
->>>>>>> 889e508 (Broker: refused calls are answered by the pod's agent, counted by rule and class, and explained by casemate why)
 }
