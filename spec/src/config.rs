@@ -4,8 +4,8 @@
 //! because a misspelt one would otherwise be a policy that isn't there.
 
 mod annotations;
-mod diagnose;
 mod broker;
+mod diagnose;
 mod exec;
 mod host_paths;
 mod images;
@@ -25,8 +25,8 @@ use crate::error::{ConfigError, one_line};
 use crate::paths::plain_absolute;
 
 pub use annotations::Annotations;
-pub use diagnose::{Diagnosis, Problem, diagnose};
 pub use broker::Broker;
+pub use diagnose::{Diagnosis, Problem, diagnose};
 pub use exec::{Exec, ExecPolicy, ExecUsers};
 pub use host_paths::HostPaths;
 pub use images::Images;

@@ -16,11 +16,11 @@ use rustix::fs::{Mode, OFlags};
 
 use super::forker::{Forker, Reply, out_of_turn};
 use super::leftovers::Leftovers;
+use super::pipes::give_pipe;
 use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-use super::pipes::give_pipe;
 use super::{broker, hooks, mounts, namespaces, place, promise, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::Step;

@@ -69,6 +69,18 @@ pub fn kept(cgroup: &Cgroup) -> Kept {
 }
 
 impl Container {
+    /// The agent's, and the profile's in the form that was installed.
+    fn filters(&self) -> Vec<String> {
+        let profile = &self.spec.effective.profile_name;
+        let own = match self.config.broker.enabled {
+            true => super::broker::filter(profile),
+            false => plan::program(profile),
+        };
+        let mut all = filters(&["agent"]);
+        all.extend(own.iter().map(|program| posture::hash(program)));
+        all
+    }
+
     /// Limits were changed by leave.
     pub fn limits_changed(&self) {
         let mut kept = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
@@ -88,7 +100,7 @@ impl Container {
             capabilities: process.caps.bounding,
             forker_capabilities: FORKER | if own { SYS_ADMIN } else { 0 },
             no_new_privs: process.no_new_privs,
-            filters: filters(&["agent", &self.spec.effective.profile_name]),
+            filters: self.filters(),
             mounts: mounts(&self.spec),
             masked: self.spec.masked_paths.clone(),
             cgroups: self

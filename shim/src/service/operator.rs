@@ -36,7 +36,7 @@ const PROCESSES: usize = 256;
 
 /// The service.
 pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
-    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 3] = [
+    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 4] = [
         ("Inspect", Box::new(Inspect { pod: pod.clone() })),
         ("Promise", Box::new(Promise { pod: pod.clone() })),
         ("Denials", Box::new(Denials { pod: pod.clone() })),
