@@ -26,6 +26,7 @@ crate::trials![
     locks_landlock_is_in_force,
     locks_links_and_renames_between_directories,
     locks_filter_refuses,
+    locks_filters_are_the_promised_programs,
     locks_hold_with_every_privilege_granted,
 ];
 
@@ -412,6 +413,31 @@ fn locks_filter_refuses() -> Outcome {
     casemate_only()?;
     for profile in ["default", "strict", "compat"] {
         filter_refuses(profile)?;
+    }
+    Ok(())
+}
+
+/// The kernel has the programs that are in the shim's binary, byte for byte.
+fn locks_filters_are_the_promised_programs() -> Outcome {
+    casemate_only()?;
+    for profile in ["default", "strict", "compat"] {
+        let mut task = Task::new("promised", &["/bin/sleep", "100"])?;
+        configure(&mut task, &format!("profile = \"{profile}\"\n"))?;
+        task.create()?;
+        task.rpc()?.start(&task.id)?;
+        let installed = casemate_sys::seccomp::filters_of(init(&task)?)?;
+        let promised = ["agent", profile].map(seccomp_profiles::shipped_program);
+        let names = |programs: &mut dyn Iterator<Item = &[u8]>| -> Vec<String> {
+            programs
+                .map(|program| seccomp_profiles::Hash::of(program).to_string())
+                .collect()
+        };
+        ensure_eq!(
+            names(&mut installed.iter().map(Vec::as_slice)),
+            names(&mut promised.into_iter().flatten()),
+            "filters under {profile}, oldest first"
+        );
+        task.finish()?;
     }
     Ok(())
 }
