@@ -67,13 +67,6 @@ fn clean(bundle: &Path, id: &str) -> DeleteResponse {
         (bundle.join(POD_LINK), false)
     };
     let facts = Facts::gather(Journal::read(&pod.join(journal::NAME)));
-    if facts.shim.is_none() {
-        // No journal says what there was; entries of dead shims speak for
-        // themselves.
-        if let Err(error) = registry::sweep(Path::new(registry::DIRECTORY)) {
-            warn(&format!("sweep {}: {error}", registry::DIRECTORY));
-        }
-    }
     if is_pod {
         clean_pod(&pod, &facts);
     } else if let Some(container) = facts.containers.get(id)
@@ -81,6 +74,13 @@ fn clean(bundle: &Path, id: &str) -> DeleteResponse {
     {
         clean_containers(&[(id, container)]);
         unmount_rootfs(bundle);
+    }
+    if facts.registry.is_empty() {
+        // The journal is lost, or of a release that had no registry; entries of
+        // dead shims speak for themselves.
+        if let Err(error) = registry::sweep(Path::new(registry::DIRECTORY)) {
+            warn(&format!("sweep {}: {error}", registry::DIRECTORY));
+        }
     }
     facts.answer(id)
 }

@@ -65,6 +65,10 @@ fn fault_crowd_beyond_the_soft_limit() -> Outcome {
     const SOFT: usize = 256;
     let pause = limited("softcrowd", &format!("ulimit -Sn {SOFT}"))?;
     let shim = pause.shim_pid()?;
+    // What the first container has made is kept for the others.
+    let first = member(&pause)?;
+    first.create()?;
+    pod::end(first)?;
     let before = open_files(shim);
     let mut tasks = Vec::new();
     for n in 0..120 {

@@ -13,6 +13,7 @@ use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::world::{probe, set_mode};
 use casemate_tests::{ensure, ensure_eq, procs, spec};
+use seccomp_profiles::{Form, shipped_program_as};
 use serde_json::json;
 
 use crate::common::casemate_only;
@@ -420,13 +421,24 @@ fn locks_filter_refuses() -> Outcome {
 /// The kernel has the programs that are in the shim's binary, byte for byte.
 fn locks_filters_are_the_promised_programs() -> Outcome {
     casemate_only()?;
-    for profile in ["default", "strict", "compat"] {
+    for (profile, broker) in [
+        ("default", true),
+        ("strict", true),
+        ("compat", true),
+        ("default", false),
+    ] {
         let mut task = Task::new("promised", &["/bin/sleep", "100"])?;
-        configure(&mut task, &format!("profile = \"{profile}\"\n"))?;
+        let text = format!("profile = \"{profile}\"\n[broker]\nenabled = {broker}\n");
+        configure(&mut task, &text)?;
+        task.boot()?;
         task.create()?;
         task.rpc()?.start(&task.id)?;
         let installed = casemate_sys::seccomp::filters_of(init(&task)?)?;
-        let promised = ["agent", profile].map(seccomp_profiles::shipped_program);
+        let form = if broker { Form::Notify } else { Form::Enforce };
+        let promised = [
+            shipped_program_as("agent", Form::Enforce),
+            shipped_program_as(profile, form),
+        ];
         let names = |programs: &mut dyn Iterator<Item = &[u8]>| -> Vec<String> {
             programs
                 .map(|program| seccomp_profiles::Hash::of(program).to_string())
