@@ -1,9 +1,10 @@
 #!/bin/bash
 # Runs trials inside the cloud kernels of the given Debian suites, with cgroup v2
 # alone: those of tests/vm-trials.txt, and for SUITE:systemd, where the suite's
-# systemd is process 1, those of tests/vm-systemd-trials.txt.
+# systemd is process 1, those of tests/vm-systemd-trials.txt. SUITE:selinux boots
+# with SELinux in place of AppArmor, for the one trial about it.
 #
-#   TARGET=DIR scripts/vm-test.sh SUITE[:systemd]…
+#   TARGET=DIR scripts/vm-test.sh SUITE[:systemd|:selinux]…
 #
 # DIR has our binaries; its deps/ the trials.
 set -euo pipefail
@@ -21,10 +22,14 @@ done
 failed=0
 for where in "$@"; do
   list=$here/tests/vm-trials.txt
-  unset VM_SYSTEMD CASEMATE_TEST_SLICE
+  unset VM_SYSTEMD VM_APPEND CASEMATE_TEST_SLICE CASEMATE_TEST_SELINUX
   if [ "${where#*:}" = systemd ]; then
     list=$here/tests/vm-systemd-trials.txt
     export VM_SYSTEMD=1 CASEMATE_TEST_SLICE=casemate_vm-tests.slice
+  fi
+  if [ "${where#*:}" = selinux ]; then
+    list=$here/tests/vm-selinux-trials.txt
+    export VM_APPEND="selinux=1 lsm=landlock,lockdown,yama,integrity,selinux" CASEMATE_TEST_SELINUX=1
   fi
   export CASEMATE_TEST_LIST=$list VM_COPY="$copy $list"
   VM_SECONDS=${VM_SECONDS:-300} "$here/scripts/vm.sh" "${where%%:*}" \
