@@ -155,6 +155,10 @@ const TRIALS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "T23",
+        &["cri21_guard_metadata_is_cut_off", "cri21_guard_stays"],
+    ),
+    (
         "T24",
         &["c135_sysctls_of_the_pod_alone", "cri21_sysctl_of_the_node"],
     ),
@@ -175,6 +179,14 @@ const TRIALS: &[(&str, &[&str])] = &[
         ],
     ),
     ("T29", &["locks_session_keyring_is_its_own"]),
+    (
+        "T31",
+        &[
+            "broker_answers_what_the_filter_would",
+            "broker_dead_is_a_dead_pod",
+            "broker_stopped_ends_the_pod_in_time",
+        ],
+    ),
     (
         "T32",
         &[
@@ -235,10 +247,7 @@ const TRIALS: &[(&str, &[&str])] = &[
 ];
 
 /// Topics that nothing stands for yet, and why.
-pub const OPEN: &[(&str, &str)] = &[
-    ("T23", "no guard of the network yet"),
-    ("T31", "no broker yet"),
-];
+pub const OPEN: &[(&str, &str)] = &[];
 
 /// The same as a map.
 pub fn trials() -> BTreeMap<String, Vec<String>> {
