@@ -93,7 +93,11 @@ impl std::str::FromStr for Action {
             _ => text
                 .strip_prefix("errno(")
                 .and_then(|rest| rest.strip_suffix(')'))
-                .and_then(errno::value)
+                .and_then(|name| match name {
+                    // Success in appearance.
+                    "0" => Some(0),
+                    name => errno::value(name),
+                })
                 .map(Self::Errno),
         };
         known.ok_or_else(|| UnknownAction {

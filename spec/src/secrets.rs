@@ -15,7 +15,8 @@ const TOKENS: [&str; 2] = [
 /// What the kubelet calls the volume with it, before a random suffix.
 const TOKEN_VOLUME: &str = "kube-api-access-";
 
-const RLIMIT_CORE: u32 = 4;
+/// The limit of core files (`asm-generic/resource.h`).
+pub const RLIMIT_CORE: u32 = 4;
 
 /// What a volume of the kubelet's holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

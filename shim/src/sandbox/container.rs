@@ -10,7 +10,7 @@ use std::time::Duration;
 use casemate_cgroup::{Attach, Cgroup};
 use casemate_protocol::plan::ProcessPlan;
 use casemate_protocol::{Channel, INIT_KEY, ToAgent, ToForker, seal_plan};
-use casemate_spec::{Config, HookSpec, ProcessSpec, Tightened};
+use casemate_spec::{Config, HookSpec, ProcessSpec, Tightened, secrets};
 use casemate_sys::{message, process};
 use rustix::fs::{Mode, OFlags};
 
@@ -318,7 +318,8 @@ fn set_oom_score(pid: u32, score: i32, config: &Config) -> Result<(), SandboxErr
 }
 
 /// Limits above the forker's own hard ones need the host's privilege: they are
-/// set on the forker by the shim, and inherited; the rest by the child.
+/// set on the forker by the shim, and inherited; the rest by the child. That of core
+/// files is always the shim's: the child's filter has it stay as it is.
 fn process_plan(
     spec: &ProcessSpec,
     filter: &(Vec<u8>, u32),
@@ -327,7 +328,7 @@ fn process_plan(
     let mut plan = plan::process(spec, filter);
     plan.limits.retain(|limit| {
         let own = process::get_limit(limit.resource).map_or(0, |(_, hard)| hard);
-        limit.hard <= own
+        limit.hard <= own && limit.resource != secrets::RLIMIT_CORE
     });
     for limit in &spec.rlimits {
         if plan.limits.iter().any(|l| l.resource == limit.resource) {

@@ -144,6 +144,7 @@ const CALLS: &[Call] = &[
     ),
     ("ioprio_set", libc::SYS_ioprio_set, 0, Any),
     ("prlimit64", libc::SYS_prlimit64, 0b1100, Any),
+    ("setrlimit", libc::SYS_setrlimit, 0b10, Any),
     ("shmget", libc::SYS_shmget, 0, Any),
     ("msgget", libc::SYS_msgget, 0, Any),
     ("semget", libc::SYS_semget, 0, Any),

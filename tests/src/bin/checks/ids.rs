@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 
 use casemate_sys::namespace::{self, kind};
-use casemate_sys::{ident, mount, process};
+use casemate_sys::{attempt, ident, mount, process};
 use rustix::io::Errno;
 
 use crate::{Arg, Check, Done, No, only_if, skip};
@@ -248,7 +248,43 @@ fn raise(resource: usize, value: u64) -> Done {
     if hard >= value {
         return Ok(format!("the hard limit is {hard}"));
     }
-    Ok(process::set_limit(0, resource as u32, value, value).map(|()| String::new())?)
+    process::set_limit(0, resource as u32, value, value)?;
+    // What is said to have been done may not have been.
+    let (_, hard) = process::get_limit(resource as u32)?;
+    only_if(hard >= value, "")
+}
+
+const RLIMIT_CORE: u32 = 4;
+
+/// A limit for core files with which the kernel calls a handler (`core_pattern` with
+/// a pipe): any but 1, and so 0 too.
+fn core_limit(set: impl FnOnce() -> io::Result<()>) -> Done {
+    // On a host that is at 1 already.
+    let _ = process::set_limit(0, RLIMIT_CORE, 1, process::get_limit(RLIMIT_CORE)?.1);
+    set()?;
+    let (soft, _) = process::get_limit(RLIMIT_CORE)?;
+    only_if(soft != 1, format!("the limit is {soft}"))
+}
+
+fn raw_core_limit(name: &'static str, args: &[Arg<'static>]) -> Done {
+    core_limit(|| attempt::raw(name, args).map(drop))
+}
+
+/// Of a child, by who is its parent: found again in what that has of itself.
+fn core_limit_of_child() -> Done {
+    let mut child = Command::new("/proc/self/exe")
+        .arg("wait")
+        .stdin(std::process::Stdio::piped())
+        .spawn()?;
+    let set = process::set_limit(child.id(), RLIMIT_CORE, 0, 1);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", child.id()));
+    let _ = child.kill();
+    let _ = child.wait();
+    set?;
+    let limits = limits?;
+    let line = limits.lines().find(|line| line.starts_with("Max core"));
+    let soft = line.and_then(|line| line.split_whitespace().nth(4));
+    only_if(soft == Some("0"), "the limit is 0")
 }
 
 fn lower_oom_score() -> Done {
@@ -264,9 +300,10 @@ fn lower_oom_score() -> Done {
 }
 
 fn core_dump() -> Done {
-    const RLIMIT_CORE: u32 = 4;
+    // As large as can be; where that is the word for no handler, as small.
     let (_, hard) = process::get_limit(RLIMIT_CORE)?;
-    let _ = process::set_limit(0, RLIMIT_CORE, hard, hard);
+    let soft = if hard == 1 { 0 } else { hard };
+    let _ = process::set_limit(0, RLIMIT_CORE, soft, hard);
     let dir = scratch("core");
     fs::create_dir(&dir)?;
     let ended = Command::new("/proc/self/exe")
@@ -385,6 +422,50 @@ pub fn checks() -> Vec<Check> {
             "T27.core-handler",
             "a core dump reaches a program of the host",
             core_dump,
+        ),
+        Check::new(
+            "T27.limit-zero",
+            "a limit of core files with which the kernel calls the node's handler",
+            || core_limit(|| process::set_limit(0, RLIMIT_CORE, 0, 1)),
+        ),
+        Check::new("T27.limit-setrlimit", "the same by the older call", || {
+            raw_core_limit("setrlimit", &[Arg::Int(4), Arg::Bytes(&[0; 16])])
+        })
+        .absent(&[]),
+        Check::new(
+            "T27.limit-with-old",
+            "the same, with a place for the old limit",
+            || {
+                raw_core_limit(
+                    "prlimit64",
+                    &[
+                        Arg::Int(0),
+                        Arg::Int(4),
+                        Arg::Bytes(&[0; 16]),
+                        Arg::Bytes(&[0; 16]),
+                    ],
+                )
+            },
+        ),
+        Check::new(
+            "T27.limit-high-word",
+            "the same, with bits above the resource's number that the kernel ignores",
+            || {
+                raw_core_limit(
+                    "prlimit64",
+                    &[
+                        Arg::Int(0),
+                        Arg::Int(1 << 32 | 4),
+                        Arg::Bytes(&[0; 16]),
+                        Arg::Null,
+                    ],
+                )
+            },
+        ),
+        Check::new(
+            "T27.limit-of-child",
+            "the same for a child",
+            core_limit_of_child,
         ),
     ]);
     all
