@@ -59,6 +59,7 @@ fn obey(words: &[&str]) -> ExitCode {
         ["ping", address] => ping(address),
         ["udp", to] => udp(to),
         // As an attacker would: puts an empty table in the guard's place.
+        ["exchange", one, other] => exchange(one, other),
         ["unguard"] => casemate_netguard::install(&casemate_netguard::Rules::default())
             .map_err(io::Error::other),
         ["hook", path, then @ ..] => match hook(path) {
@@ -82,6 +83,15 @@ fn obey(words: &[&str]) -> ExitCode {
 fn udp(to: &str) -> io::Result<()> {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
     socket.send_to(b"question", to).map(|_| ())
+/// Exchanges two names as often as it can.
+fn exchange(one: &str, other: &str) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    println!("exchanging");
+    loop {
+        renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)?;
+    }
+}
+
 }
 
 /// Writes that many bytes, a counter in every 8, and ends at once.

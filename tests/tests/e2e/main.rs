@@ -28,6 +28,7 @@ mod hostile;
 mod hostile_agent;
 mod hostile_node;
 mod hostile_shape;
+mod hostile_races;
 mod install;
 mod items;
 mod lifecycle;
@@ -124,6 +125,7 @@ fn main() -> ExitCode {
         bad_input::trials(),
         userns::trials(),
         userns_rootfs::trials(),
+        hostile_races::trials(),
         cri::trials(),
         systemd::trials(),
         faults::trials(),

@@ -94,13 +94,24 @@ const TRIALS: &[(&str, &[&str])] = &[
             "bad_mount_target_through_a_link",
         ],
     ),
-    ("T13", &["hostile_source_that_vanishes", "cri21_sub_path"]),
+    (
+        "T13",
+        &[
+            "hostile_source_that_vanishes",
+            "hostile_race_of_a_volumes_source",
+            "hostile_race_of_a_volumes_parent",
+            "hostile_race_of_a_mounts_target",
+            "hostile_race_of_an_execs_directory",
+            "cri21_sub_path",
+        ],
+    ),
     (
         "T14",
         &[
             "sandbox_bad_cwd",
             "ctr_bad_cwd",
             "exec_cwd_through_hostile_links",
+            "hostile_race_of_an_execs_directory",
         ],
     ),
     (
