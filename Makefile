@@ -7,7 +7,7 @@
 #   make e2e T=cri21     those on one containerd: cri16, cri17, cri21, cri23
 #   make conformance     docs/conformance.md from the results of make e2e
 #   make compatibility docs/compatibility.md: real programs under each profile, measured
-#   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd or SELinux
+#   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd, SELinux or no nf_tables
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
 #   make docs-tables     the pages of docs/ that are made of tables in the code
@@ -22,7 +22,7 @@ T       ?=
 CMD     ?=
 BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
-VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux sid sid:systemd sid:selinux
+VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux bookworm:bare sid sid:systemd sid:selinux sid:bare
 
 .PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility vm-test docs-tables probes run bench dist clean
 

@@ -2,9 +2,10 @@
 # Runs trials inside the cloud kernels of the given Debian suites, with cgroup v2
 # alone: those of tests/vm-trials.txt, and for SUITE:systemd, where the suite's
 # systemd is process 1, those of tests/vm-systemd-trials.txt. SUITE:selinux boots
-# with SELinux in place of AppArmor, for the one trial about it.
+# with SELinux in place of AppArmor, for the one trial about it, SUITE:bare without
+# nf_tables.
 #
-#   TARGET=DIR scripts/vm-test.sh SUITE[:systemd|:selinux]…
+#   TARGET=DIR scripts/vm-test.sh SUITE[:systemd|:selinux|:bare]…
 #
 # DIR has our binaries; its deps/ the trials.
 set -euo pipefail
@@ -30,6 +31,10 @@ for where in "$@"; do
   if [ "${where#*:}" = selinux ]; then
     list=$here/tests/vm-selinux-trials.txt
     export VM_APPEND="selinux=1 lsm=landlock,lockdown,yama,integrity,selinux" CASEMATE_TEST_SELINUX=1
+  fi
+  if [ "${where#*:}" = bare ]; then
+    list=$here/tests/vm-bare-trials.txt
+    export VM_APPEND="casemate.without=nf_tables"
   fi
   export CASEMATE_TEST_LIST=$list VM_COPY="$copy $list"
   VM_SECONDS=${VM_SECONDS:-300} "$here/scripts/vm.sh" "${where%%:*}" \

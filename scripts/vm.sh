@@ -49,7 +49,7 @@ busybox=$(command -v busybox)
 
 # A kernel and an initramfs with the modules that lead to the root.
 kernel=$dir/$suite
-if [ ! -e "$kernel/ready-3" ]; then
+if [ ! -e "$kernel/ready-4" ]; then
   rm -rf "$kernel"
   mkdir -p "$kernel/root"
   debian_suites "$dir/apt-$suite" "$suite" >&2
@@ -90,7 +90,14 @@ if [ ! -e "$kernel/ready-3" ]; then
 export PATH=/bin
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
-while read -r module; do insmod "/lib/$module" || echo "vm: no module $module"; done </lib/order
+while read -r module; do
+  # With casemate.without=nf_tables on the command line: a kernel that lacks it.
+  case $(cat /proc/cmdline),$module in
+    *casemate.without=nf_tables*,nf_tables.ko | *casemate.without=nf_tables*,nft_* | \
+      *casemate.without=nf_tables*,nfnetlink.ko) continue ;;
+  esac
+  insmod "/lib/$module" || echo "vm: no module $module"
+done </lib/order
 fail() { echo "vm: $*"; echo "casemate-vm exit 125"; echo o >/proc/sysrq-trigger; sleep 60; }
 mount -t ext4 /dev/vda /new || fail "no root"
 mount -t tmpfs tmpfs /new/run || fail "no tmpfs"
@@ -114,7 +121,7 @@ exec switch_root /new $program
 INIT
   chmod +x "$tree/init"
   (cd "$tree" && find . | cpio -o -H newc --quiet | gzip -1) >"$kernel/initramfs.gz"
-  touch "$kernel/ready-3"
+  touch "$kernel/ready-4"
 fi
 
 # systemd with all libraries that it loads or may load.
