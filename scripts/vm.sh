@@ -23,7 +23,7 @@ dir=$(cd "$dir" && pwd)
 
 # Block device, the file systems and devices that tests use, and the guard of networks.
 modules="virtio_pci virtio_blk ext4 overlay virtio_rng veth bridge tun loop
-  nf_tables nft_reject_inet nft_ct"
+  nf_tables nft_reject_inet nft_ct nft_log nft_limit nfnetlink_log"
 # Programs that the root has, with their libraries.
 programs="bash sh containerd ctr containerd-shim-runc-v2 runc ip setsid mount umount
   cat ls ps sed grep awk sleep mkdir rm cp mv ln chmod chown env id uname dmesg
@@ -94,7 +94,7 @@ while read -r module; do
   # With casemate.without=nf_tables on the command line: a kernel that lacks it.
   case $(cat /proc/cmdline),$module in
     *casemate.without=nf_tables*,nf_tables.ko | *casemate.without=nf_tables*,nft_* | \
-      *casemate.without=nf_tables*,nfnetlink.ko) continue ;;
+      *casemate.without=nf_tables*,nfnetlink*) continue ;;
   esac
   insmod "/lib/$module" || echo "vm: no module $module"
 done </lib/order

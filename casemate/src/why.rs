@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::error::{RunError, Step, one_line};
+use crate::network::{self, SHOWN};
 use crate::operator::{self, Operator};
 
 /// Help text.
@@ -18,7 +19,8 @@ Examples:
   casemate why 3f2a              by the beginning of its id
   casemate why --json POD        everything, as one JSON object
 
-What is counted are calls that the pod's profile refuses. Calls that a filter of
+What is counted are calls that the pod's profile refuses, and packets that the
+guard of its network refused within the last hour. Calls that a filter of
 the specification's own refuses (securityContext.seccompProfile), or that fail
 for want of a capability or by Landlock, are the kernel's to answer, and aren't
 seen here.";
@@ -43,10 +45,18 @@ pub fn run(options: &Why) -> Result<i32, RunError> {
         let pod = refusal["pod"].as_str().unwrap_or_default();
         !name.is_empty() && pod.starts_with(name)
     });
+    let mut network = None;
     let said = match operator::find(name) {
         Ok(pod) => {
             refusals.retain(|refusal| refusal["pod"] == pod.id);
-            operator::block_on(async { Operator::connect(&pod).await?.denials().await })?
+            let asked = operator::block_on(async {
+                let shim = Operator::connect(&pod).await?;
+                Ok((shim.denials().await?, shim.inspect().await?))
+            });
+            let (denials, about) = asked?;
+            // A kernel that doesn't say is no reason to keep the rest back.
+            network = network::seen(&pod.id, &about).unwrap_or_default();
+            denials
         }
         // What is left of a pod that was refused.
         Err(_) if !refusals.is_empty() => json!({ "denials": [], "beyond": 0 }),
@@ -56,9 +66,13 @@ pub fn run(options: &Why) -> Result<i32, RunError> {
         true => {
             let mut all = said;
             all["refusals"] = refusals.into();
+            all["network"] = network.map_or_else(Vec::new, |seen| seen.as_json()).into();
             format!("{all}\n")
         }
-        false => explain(&said, &refusals),
+        false => {
+            let packets = network.map_or_else(String::new, |seen| seen.explained(SHOWN));
+            explain(&said, &refusals, packets)
+        }
     };
     std::io::stdout()
         .write_all(text.as_bytes())
@@ -66,7 +80,7 @@ pub fn run(options: &Why) -> Result<i32, RunError> {
     Ok(0)
 }
 
-fn explain(said: &Value, refusals: &[Value]) -> String {
+fn explain(said: &Value, refusals: &[Value], packets: String) -> String {
     let mut text = String::new();
     for refusal in refusals {
         let said = one_line(refusal["text"].as_str().unwrap_or_default());
@@ -108,6 +122,7 @@ fn explain(said: &Value, refusals: &[Value]) -> String {
             said["beyond"]
         );
     }
+    text.push_str(&packets);
     if text.is_empty() {
         text.push_str("nothing was refused\n");
     }
@@ -124,7 +139,11 @@ mod tests {
             "container": "c", "syscall": "socket", "class": "family=AF_PACKET", "count": 3,
             "errno": "EPERM", "rule": "default/x/1", "reason": "raw packets", "allowed_by": null,
         });
-        let text = explain(&json!({ "denials": [denial], "beyond": 2 }), &[]);
+        let text = explain(
+            &json!({ "denials": [denial], "beyond": 2 }),
+            &[],
+            String::new(),
+        );
         assert!(text.starts_with("3x socket (family=AF_PACKET) -> EPERM in container c\n"));
         for part in [
             "default/x/1",
@@ -134,6 +153,9 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is not in {text}");
         }
-        assert_eq!(explain(&json!({}), &[]), "nothing was refused\n");
+        assert_eq!(
+            explain(&json!({}), &[], String::new()),
+            "nothing was refused\n"
+        );
     }
 }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod expression;
+mod refusals;
 mod socket;
 mod table;
 mod wire;
@@ -14,10 +15,22 @@ mod wire;
 use std::io;
 use std::net::IpAddr;
 
-pub use table::{COMMENT_LENGTH, counters, install};
+pub use refusals::{Refused, Watch, refused};
+pub use table::{COMMENT_LENGTH, MOST_REFUSED, counters, install};
 
 /// The table's name, in the family inet.
 pub const TABLE: &str = "casemate";
+
+/// The group of nfnetlink_log that hears of refused packets.
+const GROUP: u16 = 0xca5e;
+
+/// What of the rules holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Installed {
+    /// Refused packets are shown to a [`Watch`]; not where the kernel has no
+    /// nfnetlink_log.
+    pub shows: bool,
+}
 
 /// Which way packets go, as the pod sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +53,9 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    fn number(self) -> u8 {
+    /// As IP numbers it.
+    #[must_use]
+    pub fn number(self) -> u8 {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,

@@ -87,6 +87,21 @@ impl Socket {
         }
     }
 
+    /// Asks for one thing, and takes the kernel's word that it is done.
+    pub fn ask(&self, message: &Messages) -> Result<(), GuardError> {
+        self.send(message)?;
+        let mut buffer = [0; 1024];
+        let Some(length) = self.receive(&mut buffer)? else {
+            return Err(GuardError::Unexpected("no answer"));
+        };
+        let said = answers(buffer.get(..length).unwrap_or_default()).find_map(|a| a.error());
+        match said {
+            Some(0) => Ok(()),
+            Some(code) => Err(GuardError::Io(io::Error::from_raw_os_error(code))),
+            None => Err(GuardError::Unexpected("an answer to something else")),
+        }
+    }
+
     /// Asks for a list; `each` gets the body of each answer.
     pub fn list(
         &self,
@@ -110,6 +125,12 @@ impl Socket {
             }
         }
         Err(GuardError::Unexpected("a list without an end"))
+    }
+}
+
+impl From<Socket> for OwnedFd {
+    fn from(socket: Socket) -> OwnedFd {
+        socket.0
     }
 }
 

@@ -5,7 +5,9 @@
 //!               then, with a list, known connections, neighbours and what the list
 //!               has pass, the rest goes to refused
 //! chain input   the same for what comes in, where there is a list
-//! chain refused the sender is told, so that programs fail at once
+//! chain refused counts by destination (refused_in: by source), shows the first
+//!               packet of each to who listens, and tells the sender, so that
+//!               programs fail at once
 //! ```
 //!
 //! Without lists no connection is tracked, and packets that nobody denies pass a
@@ -13,10 +15,10 @@
 
 use std::io;
 
-use crate::expression::{Expressions, Verdict};
+use crate::expression::{Expressions, SetName, Verdict};
 use crate::socket::{Failed, Socket};
 use crate::wire::{self, Attributes, Messages, flag};
-use crate::{Counter, Direction, GuardError, Rules, TABLE, Target};
+use crate::{Counter, Direction, GuardError, Installed, Rules, TABLE, Target};
 
 /// The longest name of a rule, in bytes; longer ones are cut.
 pub const COMMENT_LENGTH: usize = 127;
@@ -26,6 +28,7 @@ const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
 const GET_RULE: u16 = 7;
+const NEW_SET: u16 = 9;
 /// Attributes of a rule.
 const RULE_CHAIN: u16 = 2;
 const RULE_EXPRESSIONS: u16 = 4;
@@ -33,26 +36,73 @@ const RULE_USERDATA: u16 = 7;
 
 const OUTPUT: &str = "output";
 const INPUT: &str = "input";
-const REFUSED: &str = "refused";
+
+/// How refused packets of one direction are treated.
+struct Refuse {
+    direction: Direction,
+    chain: &'static str,
+    /// Of protocols without ports.
+    other: &'static str,
+    sets: [SetName; 2],
+}
+
+const REFUSE_OUT: Refuse = Refuse {
+    direction: Direction::Out,
+    chain: "refused",
+    other: "refused_other",
+    sets: [set("refused4", 1, false), set("refused6", 2, true)],
+};
+const REFUSE_IN: Refuse = Refuse {
+    direction: Direction::In,
+    chain: "refused_in",
+    other: "refused_in_other",
+    sets: [set("refused_in4", 3, false), set("refused_in6", 4, true)],
+};
+
+const fn set(name: &'static str, number: u32, v6: bool) -> SetName {
+    SetName { name, number, v6 }
+}
+
+/// The sets, with the direction that each is for.
+pub fn sets() -> impl Iterator<Item = (Direction, SetName)> {
+    [REFUSE_OUT, REFUSE_IN]
+        .into_iter()
+        .flat_map(|refuse| refuse.sets.map(|set| (refuse.direction, set)))
+}
+
+/// Destinations that a set tells apart.
+pub const MOST_REFUSED: u32 = 256;
+/// How long one stays in it after its last packet, in milliseconds.
+const REMEMBERED: u64 = 60 * 60 * 1000;
+/// How often the kernel looks for those that have been there for so long. Its own
+/// choice is each second, for each set of each pod.
+const SWEPT: u32 = 10 * 60 * 1000;
+/// New destinations shown in a second.
+const SHOWN: u32 = 10;
+/// What of their packets is shown: all headers there commonly are.
+const SHOWN_BYTES: u32 = 128;
+/// Messages of rules that show something are called so in errors.
+const SHOWING: &str = "show";
 
 /// Makes the table of the calling thread's network namespace be these rules,
 /// whatever it was before, in one step.
 ///
 /// # Errors
 /// The kernel lacks nf_tables or a part of it, or the caller the capability.
-pub fn install(rules: &Rules) -> Result<(), GuardError> {
+pub fn install(rules: &Rules) -> Result<Installed, GuardError> {
     let socket = Socket::open()?;
     // Nearly always there is none yet.
-    match socket.transact(&transaction(rules, false)) {
-        Err(Failed::Refused { code, .. }) if code == EXISTS => {
-            socket.transact(&transaction(rules, true))
+    let (mut replace, mut shows) = (false, true);
+    loop {
+        match socket.transact(&transaction(rules, replace, shows)) {
+            Ok(()) => return Ok(Installed { shows }),
+            Err(Failed::Refused { code, .. }) if code == EXISTS && !replace => replace = true,
+            // Without CONFIG_NETFILTER_NETLINK_LOG or CONFIG_NFT_LOG.
+            Err(Failed::Refused { what, .. }) if what == SHOWING && shows => shows = false,
+            Err(Failed::Refused { what, code }) => return Err(refused(what, code)),
+            Err(Failed::Other(error)) => return Err(error),
         }
-        other => other,
     }
-    .map_err(|failed| match failed {
-        Failed::Other(error) => error,
-        Failed::Refused { what, code } => refused(what, code),
-    })
 }
 
 const EXISTS: i32 = 17;
@@ -68,31 +118,34 @@ fn refused(what: String, code: i32) -> GuardError {
     GuardError::Refused { what, reason }
 }
 
-fn transaction(rules: &Rules, replace: bool) -> Messages {
+fn transaction(rules: &Rules, replace: bool, shows: bool) -> Messages {
     let mut table = Table(Messages::begin());
     if replace {
         table.delete();
     }
     table.make();
-    table.chain(REFUSED, None);
-    table.rule(REFUSED, "", |e| {
-        e.tcp();
-        e.reject(true);
-    });
-    table.rule(REFUSED, "", |e| e.reject(false));
+    if !rules.denied.is_empty() || rules.egress.is_some() {
+        table.refuse(&REFUSE_OUT, shows);
+    }
     table.chain(OUTPUT, Some(Direction::Out));
     // The pod's own addresses; what a refused sender is told goes there too.
     table.loopback(OUTPUT, Direction::Out);
     for target in &rules.denied {
-        table.each("egress denied", OUTPUT, target, Verdict::Jump(REFUSED));
+        table.each(
+            "egress denied",
+            OUTPUT,
+            target,
+            Verdict::Jump(REFUSE_OUT.chain),
+        );
     }
     if let Some(list) = &rules.egress {
-        table.list("egress", OUTPUT, list);
+        table.list("egress", OUTPUT, list, &REFUSE_OUT);
     }
     if let Some(list) = &rules.ingress {
+        table.refuse(&REFUSE_IN, shows);
         table.chain(INPUT, Some(Direction::In));
         table.loopback(INPUT, Direction::In);
-        table.list("ingress", INPUT, list);
+        table.list("ingress", INPUT, list, &REFUSE_IN);
     }
     // The kernel says once that all is done, at the last of them.
     table.make_again();
@@ -145,6 +198,16 @@ impl Table {
 
     fn rule(&mut self, chain: &str, comment: &str, fill: impl FnOnce(&mut Expressions<'_, '_>)) {
         let name = if comment.is_empty() { chain } else { comment };
+        self.named_rule(name, (chain, comment), fill);
+    }
+
+    /// `name` is for errors.
+    fn named_rule(
+        &mut self,
+        name: &str,
+        (chain, comment): (&str, &str),
+        fill: impl FnOnce(&mut Expressions<'_, '_>),
+    ) {
         let flags = flag::CREATE | flag::APPEND;
         self.0.add(NEW_RULE, flags, name, |a: &mut Attributes<'_>| {
             a.text(1, TABLE);
@@ -176,6 +239,66 @@ impl Table {
         }
     }
 
+    fn set(&mut self, set: SetName) {
+        const TIMEOUT: u32 = 0x10;
+        const CHANGED_BY_PACKETS: u32 = 0x20;
+        // As nft(8) numbers what it shows: an address, a protocol, a port.
+        const SIX_BITS: u32 = 6;
+        let (address, length) = if set.v6 { (8, 16) } else { (7, 4) };
+        let kind = (address << SIX_BITS | 12) << SIX_BITS | 13;
+        self.0.add(NEW_SET, flag::CREATE, set.name, |a| {
+            a.text(1, TABLE);
+            a.text(2, set.name);
+            a.number(3, TIMEOUT | CHANGED_BY_PACKETS);
+            a.number(4, kind);
+            a.number(5, length + 8);
+            a.nested(9, |a| a.number(1, MOST_REFUSED));
+            a.number(10, set.number);
+            a.bytes(11, &REMEMBERED.to_be_bytes());
+            a.number(12, SWEPT);
+        });
+    }
+
+    /// Where refused packets of a direction go to.
+    fn refuse(&mut self, refuse: &Refuse, shows: bool) {
+        for set in refuse.sets {
+            self.set(set);
+        }
+        for (chain, ports) in [(refuse.other, false), (refuse.chain, true)] {
+            self.chain(chain, None);
+            if ports {
+                self.rule(chain, "", |e| {
+                    e.without_ports();
+                    e.verdict(Verdict::Goto(refuse.other));
+                });
+            }
+            for set in refuse.sets {
+                if shows {
+                    self.named_rule(SHOWING, (chain, ""), |e| {
+                        e.family(set.v6);
+                        e.destination(refuse.direction, set.v6, ports);
+                        e.is_not_in(set);
+                        e.at_most(SHOWN);
+                        e.show(crate::GROUP, SHOWN_BYTES);
+                    });
+                }
+                // A full set ends this rule, and no more.
+                self.rule(chain, "", |e| {
+                    e.family(set.v6);
+                    e.destination(refuse.direction, set.v6, ports);
+                    e.count_in(set);
+                });
+            }
+            if ports {
+                self.rule(chain, "", |e| {
+                    e.tcp();
+                    e.reject(true);
+                });
+            }
+            self.rule(chain, "", |e| e.reject(false));
+        }
+    }
+
     fn loopback(&mut self, chain: &str, direction: Direction) {
         self.rule(chain, "", |e| {
             e.loopback(direction);
@@ -184,7 +307,7 @@ impl Table {
     }
 
     /// What a list lets through, and the end of the rest.
-    fn list(&mut self, what: &str, chain: &str, list: &[Target]) {
+    fn list(&mut self, what: &str, chain: &str, list: &[Target], refuse: &Refuse) {
         self.rule(chain, &format!("{what} known connections"), |e| {
             e.known_connection();
             e.verdict(Verdict::Accept);
@@ -202,7 +325,7 @@ impl Table {
         }
         self.rule(chain, &format!("{what} denied: not on the list"), |e| {
             e.counter();
-            e.verdict(Verdict::Jump(REFUSED));
+            e.verdict(Verdict::Jump(refuse.chain));
         });
     }
 }
@@ -269,27 +392,30 @@ fn comment_of(userdata: &[u8]) -> Option<String> {
 
 /// Packets and bytes of the counter among a rule's expressions.
 fn counted(expressions: &[u8]) -> Option<(u64, u64)> {
-    wire::attributes(expressions).find_map(|(_, expression)| {
-        let mut name = String::new();
-        let mut data: &[u8] = &[];
-        for (kind, value) in wire::attributes(expression) {
-            match kind {
-                1 => name = wire::text(value),
-                2 => data = value,
-                _ => {}
-            }
+    wire::attributes(expressions).find_map(|(_, expression)| counter(expression))
+}
+
+/// Packets and bytes, if the expression is a counter.
+pub fn counter(expression: &[u8]) -> Option<(u64, u64)> {
+    let mut name = String::new();
+    let mut data: &[u8] = &[];
+    for (kind, value) in wire::attributes(expression) {
+        match kind {
+            1 => name = wire::text(value),
+            2 => data = value,
+            _ => {}
         }
-        if name != "counter" {
-            return None;
+    }
+    if name != "counter" {
+        return None;
+    }
+    let (mut bytes, mut packets) = (0, 0);
+    for (kind, value) in wire::attributes(data) {
+        match kind {
+            1 => bytes = wire::long(value),
+            2 => packets = wire::long(value),
+            _ => {}
         }
-        let (mut bytes, mut packets) = (0, 0);
-        for (kind, value) in wire::attributes(data) {
-            match kind {
-                1 => bytes = wire::long(value),
-                2 => packets = wire::long(value),
-                _ => {}
-            }
-        }
-        Some((packets, bytes))
-    })
+    }
+    Some((packets, bytes))
 }

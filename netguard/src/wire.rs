@@ -110,6 +110,14 @@ impl Messages {
         self.raw(kind, flag::REQUEST | flags, (INET, 0), name, fill);
     }
 
+    /// Adds a message of nfnetlink_log to a group of its own.
+    pub fn configure_log(&mut self, group: u16, fill: impl FnOnce(&mut Attributes<'_>)) {
+        const LOG: u16 = 4;
+        const CONFIGURE: u16 = 1;
+        let flags = flag::REQUEST | flag::ACK;
+        self.raw(LOG << 8 | CONFIGURE, flags, (0, group), "log", fill);
+    }
+
     fn raw(
         &mut self,
         kind: u16,

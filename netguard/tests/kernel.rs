@@ -8,7 +8,10 @@ use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use casemate_netguard::{Ports, Protocol, Rules, Target, counters, install};
+use casemate_netguard::{
+    Direction, MOST_REFUSED, Ports, Protocol, Refused, Rules, Target, Watch, counters, install,
+    refused,
+};
 use casemate_sys::namespace::{self, kind};
 
 /// Two namespaces and a wire between: `inside` runs with 192.0.2.2 and
@@ -231,6 +234,124 @@ fn lists_let_through_what_they_have_and_replies() {
         });
         assert!(connect("192.0.2.2:8080").is_err());
         drop((allowed, other, v6));
+    });
+}
+
+/// Destinations as text: protocol, address, port, packets.
+fn shown(all: &[Refused]) -> Vec<String> {
+    let mut shown: Vec<String> = all
+        .iter()
+        .map(|r| {
+            let way = match r.direction {
+                Direction::In => "from",
+                Direction::Out => "to",
+            };
+            let port = r.port.map_or(0, u32::from);
+            format!("{} {way} {} {port} {}x", r.protocol, r.address, r.packets)
+        })
+        .collect();
+    shown.sort();
+    shown
+}
+
+fn heard(watch: &Watch) -> Vec<Refused> {
+    let mut all = Vec::new();
+    loop {
+        match watch.next() {
+            Ok(refused) => all.extend(refused),
+            Err(e) => {
+                assert_eq!(e.kind(), ErrorKind::WouldBlock, "{e}");
+                return all;
+            }
+        }
+    }
+}
+
+#[test]
+fn refused_destinations_are_told_apart_and_told() {
+    with_wire(|inside| {
+        let mut watches = Vec::new();
+        inside(&mut || {
+            let rules = Rules {
+                denied: vec![target("169.254.169.254")],
+                egress: Some(vec![port("192.0.2.0/24", 443, Protocol::Tcp)]),
+                ingress: Some(vec![port("192.0.2.0/24", 8080, Protocol::Tcp)]),
+            };
+            // Addresses of IPv6 work a moment after the wire is there.
+            let _refused = TcpStream::connect("[2001:db8::1]:443");
+            assert!(install(&rules).unwrap().shows);
+            assert_eq!(refused().unwrap(), []);
+            let watch = Watch::new().unwrap();
+            // There is one at a time.
+            Watch::new().unwrap_err();
+            for _ in 0..3 {
+                connect("192.0.2.1:444").unwrap_err();
+            }
+            connect("169.254.169.254:80").unwrap_err();
+            connect("[2001:db8::1]:443").unwrap_err();
+            let udp = UdpSocket::bind("0.0.0.0:0").unwrap();
+            udp.send_to(b"x", "192.0.2.1:53").unwrap_err();
+            // Of a protocol without ports; where there is such a program.
+            let pings = Command::new("ping")
+                .args(["-c", "1", "-W", "1", "192.0.2.1"])
+                .output()
+                .is_ok();
+            let mut wanted = vec![
+                "17 to 192.0.2.1 53 1x",
+                "6 to 169.254.169.254 80 1x",
+                "6 to 192.0.2.1 444 3x",
+                "6 to 2001:db8::1 443 1x",
+            ];
+            if pings {
+                wanted.insert(0, "1 to 192.0.2.1 0 1x");
+            }
+            assert_eq!(shown(&refused().unwrap()), wanted);
+            let once: Vec<String> = wanted.iter().map(|w| w.replace("3x", "1x")).collect();
+            assert_eq!(shown(&heard(&watch)), once);
+            // Again: counted, and nobody's news.
+            connect("192.0.2.1:444").unwrap_err();
+            assert_eq!(shown(&heard(&watch)), [""; 0]);
+            assert!(shown(&refused().unwrap()).contains(&"6 to 192.0.2.1 444 4x".to_owned()));
+            watches.push(watch);
+        });
+        connect("192.0.2.2:8081").unwrap_err();
+        inside(&mut || {
+            assert_eq!(shown(&heard(&watches[0])), ["6 from 192.0.2.1 8081 1x"]);
+            let told = shown(&refused().unwrap());
+            assert!(
+                told.contains(&"6 from 192.0.2.1 8081 1x".to_owned()),
+                "{told:?}"
+            );
+            // Another pod's, in the same namespace.
+            watches.clear();
+            Watch::new().unwrap();
+        });
+    });
+}
+
+#[test]
+fn what_is_told_apart_is_bounded() {
+    with_wire(|inside| {
+        inside(&mut || {
+            let rules = Rules {
+                egress: Some(Vec::new()),
+                ..Rules::default()
+            };
+            install(&rules).unwrap();
+            let watch = Watch::new().unwrap();
+            let udp = UdpSocket::bind("0.0.0.0:0").unwrap();
+            let sent = MOST_REFUSED + 100;
+            for n in 0..sent {
+                let to = format!("10.0.{}.{}:9", n / 200, n % 200 + 1);
+                udp.send_to(b"x", to).unwrap_err();
+            }
+            let told = refused().unwrap();
+            assert_eq!(told.len(), MOST_REFUSED as usize);
+            let count = count("egress denied: not on the list");
+            assert_eq!(count, u64::from(sent));
+            let heard = heard(&watch).len();
+            assert!((1..100).contains(&heard), "{heard} were shown at once");
+        });
     });
 }
 

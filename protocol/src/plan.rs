@@ -63,6 +63,11 @@ pub struct LaunchPlan {
     pub shares_network: bool,
     /// The same filter, with refusals that are asked of a listener; empty: none are.
     pub asks: Vec<u8>,
+    /// Ports, from the first to the last, that TCP connects to, by Landlock's rules
+    /// for ports (ABI 4); `None`: all.
+    pub connect_ports: Option<Vec<(u16, u16)>>,
+    /// The same for ports that TCP listens on.
+    pub listen_ports: Option<Vec<(u16, u16)>>,
 }
 
 /// How refused calls are answered.

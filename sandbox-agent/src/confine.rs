@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use casemate_protocol::plan::{LaunchPlan, PodPlan, ProcessPlan};
 use casemate_sys::ident::{self, CapSets};
-use casemate_sys::landlock::{self, Ruleset, fs, scope};
+use casemate_sys::landlock::{self, Handled, Ruleset, fs, net, scope};
 use casemate_sys::{process, seccomp};
 use rustix::fs::{CWD, Mode, OFlags};
 
@@ -126,6 +126,9 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Option<OwnedFd>, St
 /// Truncation is among what each open is asked for, so handling it, or plain
 /// reads, makes every open walk its path again. Without `reads` those two are left to the mounts and modes.
 ///
+/// TCP's ports, where the plan has a lock on them. A port that the kernel chooses
+/// can always be bound: clients do, and what listens there is nftables' to keep.
+///
 /// All of it is one domain, the only one that a process is in: any other, also one
 /// without file system rights (the agent's, say), would forbid all links and
 /// renames from one directory to another (LANDLOCK_ACCESS_FS_REFER is denied by
@@ -144,7 +147,28 @@ fn landlock_container(plan: &LaunchPlan, who: &Who<'_>) -> std::io::Result<()> {
         true => scope::ABSTRACT_UNIX_SOCKET,
         false => 0,
     };
-    let rules = Ruleset::new(abi, all, scopes)?;
+    let ports = [
+        (&plan.connect_ports, net::CONNECT_TCP),
+        (&plan.listen_ports, net::BIND_TCP),
+    ];
+    let locked = ports.iter().filter(|(ports, _)| ports.is_some());
+    let handled = Handled {
+        fs: all,
+        net: locked.fold(0, |all, (_, right)| all | right),
+        scoped: scopes,
+    };
+    let rules = Ruleset::new(abi, handled)?;
+    if abi >= net::SINCE {
+        for (ports, right) in ports {
+            let Some(ports) = ports else { continue };
+            if right == net::BIND_TCP {
+                rules.allow_port(0, right)?;
+            }
+            for port in ports.iter().flat_map(|(first, last)| *first..=*last) {
+                rules.allow_port(port, right)?;
+            }
+        }
+    }
     let open =
         |path: &str| rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     let everyday = all & !(fs::IOCTL_DEV | fs::MAKE_CHAR | fs::MAKE_BLOCK);

@@ -2,7 +2,10 @@
 //! `casemate.io/ingress` and `[network]` of the node's configuration.
 //!
 //! A list has entries with commas between: `CIDR:port[/protocol]`, `cluster-dns`,
-//! or the word `none` alone.
+//! `loopback:port`, or the word `none` alone.
+
+mod ports;
+mod refused;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -13,6 +16,9 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Metadata, Network};
 use crate::error::{Refusal, one_line};
 use crate::rules::{HOST_NETWORK_LISTS, NETWORK_LIST};
+
+pub use ports::{Loopback, MOST_PORTS, PortLock};
+pub use refused::{Destination, Explained, denied_by};
 
 /// The annotation that says where connections go.
 pub const EGRESS: &str = "casemate.io/egress";
@@ -65,6 +71,8 @@ pub struct List {
     pub entries: Vec<Entry>,
     /// The cluster's nameservers too.
     pub cluster_dns: bool,
+    /// The pod's own addresses.
+    pub loopback: Loopback,
 }
 
 /// What is wrong with an entry.
@@ -86,6 +94,10 @@ pub struct Rules {
     pub egress: Option<Vec<Entry>>,
     /// If given, connections come from nowhere else.
     pub ingress: Option<Vec<Entry>>,
+    /// The ports that TCP connects to.
+    pub connect: PortLock,
+    /// The ports that TCP listens on.
+    pub listen: PortLock,
 }
 
 /// Metadata services: what answers there hands out the node's identity and
@@ -263,13 +275,7 @@ impl Entry {
         let net = net.parse().map_err(|e: EntryError| wrong(text, e.reason))?;
         let ports = match ports {
             "*" => None,
-            one => {
-                let (first, last) = one.split_once('-').unwrap_or((one, one));
-                match (decimal(first), decimal(last)) {
-                    (Some(first), Some(last)) if 0 < first && first <= last => Some((first, last)),
-                    _ => return Err(wrong(text, "has no port from 1 to 65535, first-last, or *")),
-                }
-            }
+            one => Some(ports::range(text, one)?),
         };
         Ok(Self {
             net,
@@ -343,9 +349,13 @@ impl FromStr for List {
                 "" => return Err(wrong(entry, "is no entry")),
                 "none" => return Err(wrong(entry, "stands beside other entries")),
                 "cluster-dns" => list.cluster_dns = true,
-                entry => list.entries.push(Entry::with_ports(entry)?),
+                entry => match entry.strip_prefix("loopback:") {
+                    Some(ports) => list.loopback.add(entry, ports)?,
+                    None => list.entries.push(Entry::with_ports(entry)?),
+                },
             }
         }
+        PortLock::of(&list.loopback, &list.entries)?;
         Ok(list)
     }
 }
@@ -382,6 +392,7 @@ impl Rules {
         if host {
             return Ok(Self::default());
         }
+        let mut connect = PortLock::default();
         let egress = match egress {
             None => None,
             Some(list) => {
@@ -389,9 +400,17 @@ impl Rules {
                 if list.cluster_dns {
                     entries.extend(dns(network, resolvers)?);
                 }
+                connect =
+                    PortLock::of(&list.loopback, &entries).map_err(|e| of_list(EGRESS, &e))?;
                 Some(entries)
             }
         };
+        let mut listen = PortLock::default();
+        if let Some(list) = &ingress {
+            // Not the node's: they have all ports, and the pod listens on its own.
+            listen =
+                PortLock::of(&list.loopback, &list.entries).map_err(|e| of_list(INGRESS, &e))?;
+        }
         let ingress = ingress.map(|list| {
             let nodes = network.nodes.iter().copied().map(Entry::whole);
             nodes.chain(list.entries).collect()
@@ -407,6 +426,8 @@ impl Rules {
             denied,
             egress,
             ingress,
+            connect,
+            listen,
         })
     }
 }
@@ -427,14 +448,16 @@ pub(crate) fn lists(
                 Err(Refusal::new(&NETWORK_LIST, field(key), detail))
             }
             Ok(list) => Ok(Some(list)),
-            Err(e) => {
-                let detail = format!("{} {}", e.entry, e.reason);
-                Err(Refusal::new(&NETWORK_LIST, field(key), detail))
-            }
+            Err(e) => Err(of_list(key, &e)),
         },
         None => Ok(None),
     };
     Ok((read(EGRESS, egress)?, read(INGRESS, ingress)?))
+}
+
+fn of_list(key: &str, e: &EntryError) -> Refusal {
+    let detail = format!("{} {}", e.entry, e.reason);
+    Refusal::new(&NETWORK_LIST, field(key), detail)
 }
 
 fn field(key: &str) -> String {
@@ -466,134 +489,4 @@ fn dns(network: &Network, resolvers: impl FnOnce() -> Vec<IpAddr>) -> Result<Vec
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn rules(egress: Option<&str>, ingress: Option<&str>) -> Result<Rules, String> {
-        let network = Network::default();
-        Rules::of(egress, ingress, &network, false, || {
-            vec!["192.0.2.53".parse().unwrap()]
-        })
-        .map_err(|e| e.to_string())
-    }
-
-    #[test]
-    fn entries_are_read_as_they_are_written() {
-        for (text, shown) in [
-            ("10.0.0.0/8:443", "10.0.0.0/8:443"),
-            ("10.1.2.3:443/tcp", "10.1.2.3:443/tcp"),
-            ("10.1.2.3/32:53/udp", "10.1.2.3:53/udp"),
-            ("0.0.0.0/0:1-65535/sctp", "0.0.0.0/0:1-65535/sctp"),
-            ("10.0.0.0/8:*/tcp", "10.0.0.0/8:*/tcp"),
-            ("10.0.0.0/8:*", "10.0.0.0/8"),
-            ("[2001:db8::]/32:8000-8999", "[2001:db8::]/32:8000-8999"),
-            ("[2001:db8::1]:443/tcp", "[2001:db8::1]:443/tcp"),
-            ("[::]/0:443", "[::]/0:443"),
-        ] {
-            let list: List = text.parse().unwrap();
-            assert_eq!(list.entries.len(), 1);
-            assert_eq!(list.entries[0].to_string(), shown);
-            let again: Entry = shown.parse().unwrap();
-            assert_eq!(again, list.entries[0], "{shown}");
-        }
-        let list: List = " 10.0.0.0/8:443 , cluster-dns,[::1]:1 ".parse().unwrap();
-        assert_eq!((list.entries.len(), list.cluster_dns), (2, true));
-        assert_eq!("none".parse::<List>().unwrap(), List::default());
-    }
-
-    #[test]
-    fn what_is_wrong_with_an_entry_is_told() {
-        for (text, why) in [
-            ("10.0.0.1/8:443", "is 10.0.0.0/8 meant?"),
-            ("[2001:db8::1]/32:443", "is 2001:db8::/32 meant?"),
-            ("10.0.0.0/33:443", "a prefix that isn't 0 to 32"),
-            ("10.0.0.0/+8:443", "a prefix that isn't"),
-            ("10.0.0.0/8", "no port"),
-            ("10.0.0.0/8:0", "no port from 1"),
-            ("10.0.0.0/8:9-8", "no port from 1"),
-            ("10.0.0.0/8:65536", "no port from 1"),
-            ("10.0.0.0/8:+1", "no port from 1"),
-            ("10.0.0.0/8:http", "no port from 1"),
-            ("10.0.0.0/8:80/icmp", "isn't tcp, udp or sctp"),
-            ("2001:db8::1:443", "without [ and ]"),
-            ("[::ffff:10.0.0.1]:443", "in the form of IPv6"),
-            ("example.org:443", "no address"),
-            ("10.0.0.0/8:443,", "is no entry"),
-            ("", "is no entry"),
-            ("none,10.0.0.0/8:443", "beside other entries"),
-            ("10.0.0.0/8:443 10.0.0.0/8:80", "IPv6 without"),
-        ] {
-            let error = rules(Some(text), None).unwrap_err();
-            assert!(error.contains(why), "{text}: {error}");
-            assert!(error.contains("casemate.io/egress"), "{error}");
-            assert!(!error.contains('\n'), "{error}");
-        }
-        let many = vec!["10.0.0.0/8:1"; MOST + 1].join(",");
-        let error = rules(Some(&many), None).unwrap_err();
-        assert!(error.contains("more than 256"), "{error}");
-    }
-
-    #[test]
-    fn metadata_is_cut_off_unless_the_node_says_otherwise() {
-        let all = rules(None, None).unwrap();
-        assert_eq!((all.egress, all.ingress), (None, None));
-        assert_eq!(all.denied.len(), METADATA.len() + 1, "{:?}", all.denied);
-        let first = all.denied[0].0.to_string();
-        assert_eq!(first, "169.254.169.254");
-        let network = Network {
-            metadata: Metadata::Allow,
-            deny: vec!["10.0.0.0/8".parse().unwrap()],
-            ..Network::default()
-        };
-        let rules = Rules::of(None, None, &network, false, Vec::new).unwrap();
-        assert_eq!(rules.denied.len(), 1);
-    }
-
-    #[test]
-    fn the_clusters_names_are_those_of_the_pod_or_of_the_node() {
-        let of = rules(Some("cluster-dns"), None).unwrap().egress.unwrap();
-        assert_eq!(of.len(), 1);
-        assert_eq!(of[0].to_string(), "192.0.2.53:53");
-        let network = Network {
-            cluster_dns: vec!["fd00::10".parse().unwrap()],
-            ..Network::default()
-        };
-        let of = Rules::of(Some("cluster-dns"), None, &network, false, Vec::new).unwrap();
-        assert_eq!(of.egress.unwrap()[0].to_string(), "[fd00::10]:53");
-        let nothing = Rules::of(
-            Some("cluster-dns"),
-            None,
-            &Network::default(),
-            false,
-            Vec::new,
-        );
-        let error = nothing.unwrap_err().to_string();
-        assert!(error.contains("stands for nothing"), "{error}");
-        let error = rules(None, Some("cluster-dns")).unwrap_err();
-        assert!(error.contains("casemate.io/ingress"), "{error}");
-        let text = "# nameserver 1.1.1.1\nnameserver 10.0.0.10\nnameserver x\n\
-                    search a\nnameserver fe80::1%eth0 \n";
-        let read: Vec<String> = nameservers(text).iter().map(ToString::to_string).collect();
-        assert_eq!(read, ["10.0.0.10", "fe80::1"]);
-    }
-
-    #[test]
-    fn the_hosts_network_takes_no_lists() {
-        let network = Network::default();
-        let none = Rules::of(None, None, &network, true, Vec::new).unwrap();
-        assert_eq!(none, Rules::default());
-        let error = Rules::of(None, Some("none"), &network, true, Vec::new).unwrap_err();
-        assert_eq!(error.rule, "network-list-host");
-        assert!(error.to_string().contains("casemate.io/ingress"), "{error}");
-    }
-
-    #[test]
-    fn the_nodes_probes_come_in() {
-        let network = Network {
-            nodes: vec!["192.0.2.0/24".parse().unwrap()],
-            ..Network::default()
-        };
-        let rules = Rules::of(None, Some("none"), &network, false, Vec::new).unwrap();
-        assert_eq!(rules.ingress.unwrap()[0].to_string(), "192.0.2.0/24");
-    }
-}
+mod tests;

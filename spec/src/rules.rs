@@ -35,7 +35,7 @@ rules! {
     NETWORK_LIST = "network-list",
         "this list of connections makes no sense",
         "a list that isn't understood would hold nothing",
-        "Write none, or CIDR:port[/protocol] with commas between, as 10.0.0.0/8:443, [2001:db8::]/32:8000-8999/tcp or 192.0.2.7:*, and cluster-dns for egress.";
+        "Write none, or CIDR:port[/protocol] with commas between, as 10.0.0.0/8:443, [2001:db8::]/32:8000-8999/tcp or 192.0.2.7:*, cluster-dns for egress, and loopback:port, loopback:none or loopback:* for what the pod has with itself.";
     HOST_PID = "host-pid",
         "the host's processes are refused in this sandbox",
         "the host's /proc shows what the node and other pods run, and no setting changes that",

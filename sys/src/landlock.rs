@@ -20,6 +20,16 @@ pub mod fs {
     pub const MAKE_BLOCK: u64 = 1 << 11;
 }
 
+/// Network rights (`LANDLOCK_ACCESS_NET_*`, ABI 4).
+pub mod net {
+    /// Bind a TCP socket to a port.
+    pub const BIND_TCP: u64 = 1;
+    /// Connect a TCP socket to a port.
+    pub const CONNECT_TCP: u64 = 2;
+    /// The ABI that has them.
+    pub const SINCE: u32 = 4;
+}
+
 /// Scopes (`LANDLOCK_SCOPE_*`, ABI 6).
 pub mod scope {
     /// No connection to abstract sockets made outside the domain.
@@ -39,6 +49,23 @@ struct RulesetAttr {
 struct PathBeneath {
     allowed_access: u64,
     parent_fd: i32,
+}
+
+#[repr(C)]
+struct NetPort {
+    allowed_access: u64,
+    port: u64,
+}
+
+/// What a rule set denies but for its rules.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Handled {
+    /// File system rights.
+    pub fs: u64,
+    /// Network rights.
+    pub net: u64,
+    /// Scopes.
+    pub scoped: u64,
 }
 
 /// The kernel's Landlock ABI; 0 when there is none.
@@ -73,11 +100,11 @@ pub struct Ruleset(OwnedFd);
 impl Ruleset {
     /// A rule set that handles these rights and scopes (unknown to `abi` ones
     /// are left out, as landlock(7) asks callers to do).
-    pub fn new(abi: u32, fs: u64, scoped: u64) -> io::Result<Ruleset> {
+    pub fn new(abi: u32, handled: Handled) -> io::Result<Ruleset> {
         let attr = RulesetAttr {
-            handled_access_fs: fs & all_fs_rights(abi),
-            handled_access_net: 0,
-            scoped: if abi >= 6 { scoped } else { 0 },
+            handled_access_fs: handled.fs & all_fs_rights(abi),
+            handled_access_net: if abi >= net::SINCE { handled.net } else { 0 },
+            scoped: if abi >= 6 { handled.scoped } else { 0 },
         };
         let size: usize = match abi {
             0..=3 => 8,
@@ -113,6 +140,31 @@ impl Ruleset {
                 libc::SYS_landlock_add_rule,
                 self.0.as_raw_fd(),
                 LANDLOCK_RULE_PATH_BENEATH,
+                &raw const attr,
+                0u32,
+            )
+        };
+        if r == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Grants network `rights` for a port. 0 is, for binding, a port of the
+    /// kernel's choice.
+    pub fn allow_port(&self, port: u16, rights: u64) -> io::Result<()> {
+        const LANDLOCK_RULE_NET_PORT: u32 = 2;
+        let attr = NetPort {
+            allowed_access: rights,
+            port: port.into(),
+        };
+        // SAFETY: the struct of this rule type lives through the call.
+        let r = unsafe {
+            libc::syscall(
+                libc::SYS_landlock_add_rule,
+                self.0.as_raw_fd(),
+                LANDLOCK_RULE_NET_PORT,
                 &raw const attr,
                 0u32,
             )

@@ -6,12 +6,16 @@ use std::io::{ErrorKind, Read};
 use std::net::IpAddr;
 use std::time::Instant;
 
-use casemate_netguard::{GuardError, Ports, Protocol, Rules, Target};
+use casemate_netguard::{Direction, GuardError, Ports, Protocol, Refused, Rules, Target, Watch};
+use casemate_protocol::plan::LaunchPlan;
 use casemate_spec::config::{Network as Config, WithoutNftables};
-use casemate_spec::network_rules::{self, Entry, Transport, nameservers};
+use casemate_spec::network_rules::{self, Destination, Entry, PortLock, Transport, nameservers};
 use casemate_spec::{MountKind, Namespace, Tightened};
+use casemate_sys::landlock;
 use rustix::io::Errno;
+use tokio::io::Interest;
 
+use crate::record::{Record, Records};
 use crate::sandbox::{Files, SandboxError};
 
 /// More than a resolver reads.
@@ -21,6 +25,49 @@ const RESOLV_CONF_SIZE: u64 = 64 * 1024;
 pub struct Guard {
     rules: Rules,
     without: WithoutNftables,
+    locks: PortLocks,
+    /// Why each of the denied is.
+    denied: Vec<(Entry, &'static str)>,
+}
+
+/// The second lock of a pod with lists, on TCP's ports: Landlock's, of each container.
+#[derive(Debug, Clone, Default)]
+pub struct PortLocks {
+    /// Ports that TCP connects to.
+    pub connect: PortLock,
+    /// Ports that TCP listens on.
+    pub listen: PortLock,
+}
+
+impl PortLocks {
+    /// As the lists have it, if Landlock has rules for ports here.
+    fn of(rules: &network_rules::Rules) -> PortLocks {
+        let locks = PortLocks {
+            connect: rules.connect.clone(),
+            listen: rules.listen.clone(),
+        };
+        let is_asked = locks.connect.ports().or(locks.listen.ports()).is_some();
+        if !is_asked || landlock::abi() >= landlock::net::SINCE {
+            return locks;
+        }
+        const OLD: &str = "this kernel's Landlock has no rules for ports (Linux 6.7)";
+        log::warn!("loopback:… of the pod's lists doesn't lock ports: {OLD}");
+        let old = |lock: PortLock| match lock {
+            PortLock::On(_) => PortLock::Off(OLD),
+            off => off,
+        };
+        PortLocks {
+            connect: old(locks.connect),
+            listen: old(locks.listen),
+        }
+    }
+
+    /// Has a container's domain hold them.
+    pub fn lock(&self, plan: &mut LaunchPlan) {
+        let ports = |lock: &PortLock| lock.ports().map(<[_]>::to_vec);
+        plan.connect_ports = ports(&self.connect);
+        plan.listen_ports = ports(&self.listen);
+    }
 }
 
 impl Guard {
@@ -39,6 +86,7 @@ impl Guard {
             || resolvers(spec, files),
         )
         .map_err(|e| SandboxError::Invalid(e.to_string()))?;
+        let locks = PortLocks::of(&rules);
         let list = |entries: Vec<Entry>| entries.iter().map(|e| target(e, "")).collect();
         Ok(Guard {
             rules: Rules {
@@ -47,19 +95,49 @@ impl Guard {
                 ingress: rules.ingress.map(list),
             },
             without: config.without_nftables,
+            locks,
+            denied: rules.denied,
         })
+    }
+
+    /// The lock on ports.
+    pub fn port_locks(&self) -> &PortLocks {
+        &self.locks
+    }
+
+    /// Makes records of what `watch` hears.
+    pub fn tell(&self, watch: Option<Watch>, records: &Records) {
+        if let Some(watch) = watch {
+            tokio::spawn(tell(watch, self.denied.clone(), records.clone()));
+        }
     }
 
     /// Makes it hold in the calling thread's network namespace, which is `new` or
     /// may have been another pod's before.
-    pub fn install(&self, new: bool) -> Result<(), SandboxError> {
+    ///
+    /// What comes back hears of refusals, where the kernel can tell of them.
+    pub fn install(&self, new: bool) -> Result<Option<Watch>, SandboxError> {
         if new && self.rules.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let begun = Instant::now();
-        let Err(error) = casemate_netguard::install(&self.rules) else {
-            log::debug!("the pod's network is guarded after {:?}", begun.elapsed());
-            return Ok(());
+        let error = match casemate_netguard::install(&self.rules) {
+            Ok(installed) => {
+                log::debug!("the pod's network is guarded after {:?}", begun.elapsed());
+                let any = !self.rules.is_empty();
+                if any && !installed.shows {
+                    log::warn!(
+                        "refused connections are counted, and no events: this kernel lacks \
+                         CONFIG_NETFILTER_NETLINK_LOG, CONFIG_NFT_LOG or CONFIG_NFT_LIMIT"
+                    );
+                }
+                let watch = (any && installed.shows).then(Watch::new);
+                return Ok(watch.and_then(|made| {
+                    made.inspect_err(|e| log::warn!("refused connections are no events: {e}"))
+                        .ok()
+                }));
+            }
+            Err(error) => error,
         };
         if !is_missing(&error) {
             return Err(SandboxError::Failed(format!(
@@ -67,7 +145,7 @@ impl Guard {
             )));
         }
         if self.rules.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
         let lists = self.rules.needs_tracking();
         if !lists && self.without == WithoutNftables::Allow {
@@ -75,7 +153,7 @@ impl Guard {
                 "the pod's network isn't guarded: {error}; metadata services and network.deny are \
                  within its reach (network.without_nftables)"
             );
-            return Ok(());
+            return Ok(None);
         }
         let way_out = if lists {
             "and connection tracking (CONFIG_NFT_CT), or remove the pod's annotations \
@@ -87,6 +165,43 @@ impl Guard {
             "guard the pod's network: {error}; use a kernel with nf_tables (CONFIG_NF_TABLES_INET, \
              CONFIG_NFT_REJECT_INET) {way_out}"
         )))
+    }
+}
+
+/// Makes a record of the first refused packet of each destination. The kernel tells
+/// of ten a second at most, and nothing runs while nothing is refused.
+async fn tell(watch: Watch, denied: Vec<(Entry, &'static str)>, records: Records) {
+    let Ok(watch) = crate::io::watch(watch, Interest::READABLE) else {
+        return;
+    };
+    while let Ok(mut ready) = watch.readable().await {
+        match watch.get_ref().next() {
+            Ok(Some(refused)) => records.push(&record(&refused, &denied)),
+            Ok(None) => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => ready.clear_ready(),
+            // Some were lost; the kernel's own counters have them.
+            Err(e) if e.raw_os_error() == Some(Errno::NOBUFS.raw_os_error()) => {}
+            Err(e) => {
+                log::warn!("refused connections are no events any more: {e}");
+                return;
+            }
+        }
+    }
+}
+
+fn record(refused: &Refused, denied: &[(Entry, &'static str)]) -> Record {
+    let to = Destination {
+        egress: refused.direction == Direction::Out,
+        address: refused.address,
+        protocol: refused.protocol,
+        port: refused.port,
+    };
+    let explained = to.explain(denied.iter().copied());
+    Record::Network {
+        direction: if to.egress { "egress" } else { "ingress" },
+        destination: to.to_string(),
+        rule: explained.rule,
+        allow: explained.allow,
     }
 }
 

@@ -6,6 +6,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use casemate_netguard::Watch;
 use casemate_spec::Namespace;
 use casemate_sys::mount::{NewFs, attr, clone_tree};
 use casemate_sys::namespace::{self, kind};
@@ -34,14 +35,14 @@ impl Network {
     /// Makes or opens the namespace and prepares it for containers whose root
     /// is host id `container_root`. `sysctls` are the spec's `net.*`; `pinned` is
     /// a user namespace that a given one may belong to, beside the host's. `guard`
-    /// is for what isn't the host's.
+    /// is for what isn't the host's; what hears of its refusals comes back as well.
     pub fn prepare(
         wanted: &Namespace,
         pinned: Option<&OwnedFd>,
         container_root: u32,
         sysctls: &[(&str, &str)],
         guard: &Guard,
-    ) -> Result<Network, SandboxError> {
+    ) -> Result<(Network, Option<Watch>), SandboxError> {
         let host = open_ns("/proc/self/ns/net")?;
         let namespace = match wanted {
             Namespace::Host => None,
@@ -65,17 +66,24 @@ impl Network {
         let new = matches!(wanted, Namespace::New);
         let prepared =
             set_up(namespace.is_some(), new, container_root, sysctls).and_then(|sysfs| {
+                let mut watch = None;
                 if namespace.is_some() {
-                    guard.install(new)?;
+                    let locks = guard.port_locks();
+                    if locks.connect.ports().or(locks.listen.ports()).is_some() {
+                        without_ways_past_landlock()?;
+                    }
+                    watch = guard.install(new)?;
                 }
-                Ok(sysfs)
+                Ok((sysfs, watch))
             });
         back(&host);
-        Ok(Network {
+        let (sysfs, watch) = prepared?;
+        let network = Network {
             namespace,
             host,
-            sysfs: prepared?,
-        })
+            sysfs,
+        };
+        Ok((network, watch))
     }
 
     /// Runs `f` inside the namespace.
@@ -166,6 +174,16 @@ fn set_up(
         }
     }
     mount_sysfs()
+}
+
+/// Turns off what Landlock's rules for ports don't see: Fast Open, whose data goes with
+/// the first packet and connects without connect(2), and Multipath TCP.
+fn without_ways_past_landlock() -> Result<(), SandboxError> {
+    set("net/ipv4/tcp_fastopen", "0")?;
+    match fs::exists("/proc/sys/net/mptcp/enabled") {
+        Ok(false) => Ok(()),
+        _ => set("net/mptcp/enabled", "0"),
+    }
 }
 
 fn mount_sysfs() -> Result<OwnedFd, SandboxError> {

@@ -167,6 +167,8 @@ pub fn container(
         joins_pids: false,
         shares_network: false,
         asks: Vec::new(),
+        connect_ports: None,
+        listen_ports: None,
     };
     Ok(Launch { plan, staged })
 }

@@ -106,13 +106,16 @@ pub enum Record {
         /// What happened.
         text: String,
     },
-    /// Packets that the network guard dropped.
-    #[allow(dead_code)]
+    /// The network guard refused a connection: the first to that destination.
     Network {
+        /// `egress` or `ingress`.
+        direction: &'static str,
+        /// Of the other side, with the destination port.
+        destination: String,
         /// Which of its rules.
         rule: String,
-        /// How many since the last record of this sort.
-        count: u64,
+        /// What would allow it.
+        allow: String,
     },
 }
 

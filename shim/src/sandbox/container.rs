@@ -208,6 +208,7 @@ async fn launch(
     let mut plan = mounts::stage(pod, request, spec, cgroup, (directory, sources))?;
     plan.joins_pids = joined.is_some();
     plan.shares_network = pod.network.namespace().is_none();
+    pod.ports.lock(&mut plan);
     if pod.broker.is_some() {
         plan.asks = broker::filter(&spec.effective.profile_name)?;
     }

@@ -2,6 +2,7 @@
 //! nothing of what their workloads were given.
 
 use casemate_cgroup::Stats;
+use casemate_spec::network_rules::PortLock;
 use serde_json::{Value, json};
 
 use super::{Container, Sandbox};
@@ -15,6 +16,10 @@ impl Sandbox {
             "pause": self.pause.get().map(super::pause::Pause::pid),
             "ids": { "agent": self.range.base(), "root": self.range.container_root() },
             "landlock": self.landlock,
+            "port_lock": {
+                "connect": port_lock(&self.ports.connect),
+                "listen": port_lock(&self.ports.listen),
+            },
         })
     }
 }
@@ -35,6 +40,14 @@ impl Container {
             "user": format!("{}:{}", self.spec.process.uid, self.spec.process.gid),
             "readonly_root": self.spec.readonly_rootfs,
         })
+    }
+}
+
+/// The ports, or why all of them.
+fn port_lock(lock: &PortLock) -> Value {
+    match lock {
+        PortLock::On(ports) => json!({ "ports": ports }),
+        PortLock::Off(why) => json!({ "off": why }),
     }
 }
 

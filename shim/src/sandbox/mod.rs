@@ -31,7 +31,7 @@ use tokio::io::Interest;
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::bootstrap::proc;
 use crate::host::agent::{self, Agent};
-use crate::host::guard::Guard;
+use crate::host::guard::{Guard, PortLocks};
 use crate::host::hooks::Runner;
 use crate::host::ids::{DIRECTORY, IdRange};
 use crate::host::network::Network;
@@ -213,6 +213,8 @@ pub struct Sandbox {
     /// What the pod's own annotations say, where it has a sandbox container.
     asked: Option<Annotations>,
     landlock: bool,
+    /// TCP's ports, locked by it.
+    ports: PortLocks,
     /// Runs hooks on the host, where the configuration allows any.
     runner: Option<Arc<Runner>>,
     /// Files and memory that the pod's containers share, where they are ours to
@@ -337,13 +339,14 @@ impl Sandbox {
             .map(|(name, value)| (name.as_str(), value.as_str()))
             .collect();
         let guard = Guard::of(&spec, &config.network, files.as_ref())?;
-        let network = Network::prepare(
+        let (network, watch) = Network::prepare(
             &spec.namespaces.network,
             chosen.as_ref().and_then(users::Chosen::pinned),
             range.container_root(),
             &sysctls,
             &guard,
         )?;
+        guard.tell(watch, &request.records);
         let staging = Staging::new()?;
         let shared = files
             .map(|files| Shared::make(&files, &staging, range.container_root()))
@@ -406,6 +409,7 @@ impl Sandbox {
             has_parent,
             asked: (spec.pod.kind == Kind::Sandbox).then_some(spec.asked),
             landlock,
+            ports: guard.port_locks().clone(),
             runner,
             shared,
             pause: tokio::sync::OnceCell::new(),

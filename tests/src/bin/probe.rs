@@ -13,6 +13,8 @@ use std::time::Duration;
 mod attack;
 #[path = "../probe/enter.rs"]
 mod enter;
+#[path = "../probe/ports.rs"]
+mod ports;
 #[path = "../probe/refused.rs"]
 mod refused;
 
@@ -57,10 +59,12 @@ fn obey(words: &[&str]) -> ExitCode {
         // Needs CAP_NET_ADMIN over the network namespace.
         ["loopback"] => casemate_sys::namespace::loopback_up(),
         ["ping", address] => ping(address),
-        ["udp", to] => udp(to),
-        // As an attacker would: puts an empty table in the guard's place.
         ["exchange", one, other] => exchange(one, other),
+        ["udp", to] => udp(to),
+        ["ports", words @ ..] => ports::each(words),
+        // As an attacker would: puts an empty table in the guard's place.
         ["unguard"] => casemate_netguard::install(&casemate_netguard::Rules::default())
+            .map(drop)
             .map_err(io::Error::other),
         ["hook", path, then @ ..] => match hook(path) {
             Ok(()) => return obey(then),
@@ -79,10 +83,6 @@ fn obey(words: &[&str]) -> ExitCode {
     }
 }
 
-/// Sends one datagram.
-fn udp(to: &str) -> io::Result<()> {
-    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-    socket.send_to(b"question", to).map(|_| ())
 /// Exchanges two names as often as it can.
 fn exchange(one: &str, other: &str) -> io::Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -92,6 +92,10 @@ fn exchange(one: &str, other: &str) -> io::Result<()> {
     }
 }
 
+/// Sends one datagram.
+fn udp(to: &str) -> io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    socket.send_to(b"question", to).map(|_| ())
 }
 
 /// Writes that many bytes, a counter in every 8, and ends at once.

@@ -28,9 +28,8 @@ mod hooks;
 mod hostile;
 mod hostile_agent;
 mod hostile_node;
-mod hostile_shape;
-mod hostile_shape;
 mod hostile_races;
+mod hostile_shape;
 mod install;
 mod items;
 mod lifecycle;
@@ -46,6 +45,7 @@ mod pause;
 mod pods;
 mod pods_life;
 mod policy;
+mod port_lock;
 mod posture;
 mod probes;
 mod probes_outside;
@@ -113,9 +113,11 @@ fn main() -> ExitCode {
         locks::trials(),
         lsm::trials(),
         locks_pod::trials(),
+        guard::trials(),
         hooks::trials(),
         pods::trials(),
         pods_life::trials(),
+        port_lock::trials(),
         posture::trials(),
         probes::trials(),
         probes_outside::trials(),
@@ -123,11 +125,11 @@ fn main() -> ExitCode {
         hostile_node::trials(),
         policy::trials(),
         hostile_agent::trials(),
+        hostile_races::trials(),
         hostile_shape::trials(),
         bad_input::trials(),
         userns::trials(),
         userns_rootfs::trials(),
-        hostile_races::trials(),
         cri::trials(),
         systemd::trials(),
         faults::trials(),

@@ -10,11 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use casemate_netguard::{Counter, counters};
+use casemate_sys::landlock;
 use casemate_sys::namespace::{self, kind};
-use casemate_tests::run::run;
-use casemate_tests::skip::{Outcome, Stop, fail};
+use casemate_tests::operator::{casemate, lines};
+use casemate_tests::run::{run, until};
+use casemate_tests::skip::{Outcome, Stop, fail, skip};
 use casemate_tests::{ensure, ensure_eq, world};
 use k8s_cri::v1::{DnsConfig, PodSandboxConfig};
+use serde_json::Value;
 
 use super::client::Pod;
 use super::config::{self, container};
@@ -27,6 +30,8 @@ crate::cri_tests![
     guard_egress_none_and_names,
     guard_ingress_list,
     guard_stays,
+    guard_has_a_second_lock,
+    guard_tells_what_it_refused,
     guard_lists_that_make_no_sense,
 ];
 
@@ -368,6 +373,121 @@ fn guard_stays(cri: &Cri) -> Outcome {
         pod.pid(&id)?,
         &format!("egress denied {METADATA} (metadata)"),
     )?;
+    pod.remove()
+}
+
+/// Once as a record, with each destination's count and way out on request.
+fn guard_tells_what_it_refused(cri: &Cri) -> Outcome {
+    casemate_only()?;
+    let gateway = gateway(cri);
+    let list = format!("{gateway}:8170/tcp");
+    let pod = cri.pod_with(annotated(
+        cri,
+        "refused",
+        &[("egress", &list), ("ingress", "none")],
+    ))?;
+    let id = pod.sleeper("app")?;
+    let _server = Server::start(cri, 8170)?;
+    reached(&pod, &id, &gateway, 8170)?;
+    for _ in 0..3 {
+        refused(&pod, &id, &gateway, 8171)?;
+    }
+    refused(&pod, &id, METADATA, 80)?;
+    let to: SocketAddr = (
+        pod.ip()?.parse::<IpAddr>().map_err(std::io::Error::other)?,
+        8172,
+    )
+        .into();
+    let end = within(cri.node.netns.path(), || {
+        TcpStream::connect_timeout(&to, Duration::from_secs(8)).map(|_| ())
+    })?;
+    ensure!(end.is_err(), "from outside: {end:?}");
+    let wanted = [
+        (
+            format!("egress {gateway}:8171/tcp"),
+            format!("casemate.io/egress: \"{gateway}:8171/tcp\""),
+        ),
+        (
+            format!("egress {METADATA}:80/tcp"),
+            "network.metadata = \"allow\"".to_owned(),
+        ),
+        (
+            format!("ingress {gateway}:8172/tcp"),
+            format!("casemate.io/ingress: \"{gateway}:8172/tcp\""),
+        ),
+    ];
+    // Records: one for each destination, and none for what is let through.
+    let records = || lines(&["events", &pod.id]);
+    let networks = || -> Vec<Value> {
+        let all = records().unwrap_or_default();
+        all.into_iter().filter(|r| r["kind"] == "network").collect()
+    };
+    until("records of refusals", Duration::from_secs(30), || {
+        networks().len() >= wanted.len()
+    })?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let all = networks();
+    ensure_eq!(all.len(), wanted.len(), "records in {all:?}");
+    for (what, allow) in &wanted {
+        let is_it =
+            |r: &&Value| format!("{} {}", text(&r["direction"]), text(&r["destination"])) == *what;
+        let record = all.iter().find(is_it);
+        let told = record.map(|r| text(&r["allow"])).unwrap_or_default();
+        ensure!(told.contains(allow), "{what}: no {allow} in {all:?}");
+    }
+    for command in ["why", "network"] {
+        let told = casemate(&[command, &pod.id])?.ok()?.out();
+        for part in [
+            format!("3x packets to {gateway}:8171/tcp\n  rule   egress denied: not on the list"),
+            format!(
+                "1x packets to {METADATA}:80/tcp\n  rule   egress denied {METADATA} (metadata)"
+            ),
+            format!("1x packets from {gateway}:8172/tcp"),
+        ] {
+            ensure!(told.contains(&part), "{command}: no {part:?} in {told}");
+        }
+        for (_, allow) in &wanted {
+            ensure!(told.contains(allow), "{command}: no {allow:?} in {told}");
+        }
+        let json = lines(&[command, "--json", &pod.id])?;
+        let key = if command == "why" {
+            "network"
+        } else {
+            "refused"
+        };
+        ensure_eq!(
+            json[0][key].as_array().map(Vec::len),
+            Some(wanted.len()),
+            "{command} --json"
+        );
+    }
+    pod.remove()
+}
+
+/// With the guard taken away from outside, Landlock still has the ports, of a
+/// server that is really elsewhere.
+fn guard_has_a_second_lock(cri: &Cri) -> Outcome {
+    casemate_only()?;
+    if landlock::abi() < landlock::net::SINCE {
+        return skip("Landlock has no rules for ports here");
+    }
+    let gateway = gateway(cri);
+    let list = format!("{gateway}:8160/tcp, loopback:none");
+    let pod = cri.pod_with(annotated(cri, "second", &[("egress", &list)]))?;
+    let id = pod.sleeper("app")?;
+    let _servers = [Server::start(cri, 8160)?, Server::start(cri, 8161)?];
+    reached(&pod, &id, &gateway, 8160)?;
+    let pid = pod.pid(&id)?.to_string();
+    let mut remove = Command::new(world::probe()?);
+    remove.args(["enter", "net", &pid, "unguard"]);
+    run(&mut remove, &[], Duration::from_secs(10))?.ok()?;
+    reached(&pod, &id, &gateway, 8160)?;
+    let script = format!("nc -w 8 {gateway} 8161 </dev/null");
+    let ran = pod.exec(&id, &["/bin/sh", "-c", &script])?;
+    ensure!(
+        ran.code != 0 && ran.err.contains("ermission denied"),
+        "port 8161, with the guard gone: {ran:?}"
+    );
     pod.remove()
 }
 
