@@ -29,6 +29,7 @@ pub mod observed;
 pub mod oci;
 pub mod profile;
 pub mod program;
+pub mod recording;
 pub mod reference;
 mod shipped;
 pub mod surface;
@@ -44,6 +45,7 @@ pub use minimal::minimal;
 pub use observed::{Kind, Observed};
 pub use profile::{Profile, ProfileError};
 pub use program::{Program, SockFilter};
+pub use recording::{Recording, RecordingError};
 pub use shipped::{
     shipped, shipped_explainer, shipped_names, shipped_program, shipped_program_as, shipped_text,
 };

@@ -72,6 +72,12 @@ impl Kind {
         Self { number, args: kept }
     }
 
+    /// The first in order of its number.
+    pub(crate) fn first(number: u32) -> Self {
+        let args = [0; 6];
+        Self { number, args }
+    }
+
     /// A call of this kind.
     #[must_use]
     pub fn call(&self) -> SeccompData {
