@@ -23,7 +23,7 @@ What is counted are calls that the pod's profile refuses, and packets that the
 guard of its network refused within the last hour. Calls that a filter of
 the specification's own refuses (securityContext.seccompProfile), or that fail
 for want of a capability or by Landlock, are the kernel's to answer, and aren't
-seen here.";
+seen here. Nor are those of a container that is learned from.";
 
 /// Of which pod, and how.
 #[derive(Debug, Args)]
@@ -123,6 +123,13 @@ fn explain(said: &Value, refusals: &[Value], packets: String) -> String {
         );
     }
     text.push_str(&packets);
+    for container in said["learning"].as_array().unwrap_or(&empty) {
+        let container = one_line(container.as_str().unwrap_or("-"));
+        let _infallible = writeln!(
+            text,
+            "container {container} is learning: what it is refused isn't counted meanwhile"
+        );
+    }
     if text.is_empty() {
         text.push_str("nothing was refused\n");
     }
@@ -157,5 +164,8 @@ mod tests {
             explain(&json!({}), &[], String::new()),
             "nothing was refused\n"
         );
+        let said = json!({ "denials": [], "learning": ["c"] });
+        let learning = explain(&said, &[], String::new());
+        assert!(learning.contains("container c is learning"), "{learning}");
     }
 }

@@ -75,6 +75,10 @@ pub fn compare(promise: &Promise, depth: Depth) -> Vec<Deviation> {
     if let Some(pause) = &promise.pause {
         process::runtime(&mut report, "pause", pause, depth);
     }
+    for learner in &promise.learners {
+        known.insert(learner.pid);
+        process::runtime(&mut report, "learner", learner, depth);
+    }
     for container in &promise.containers {
         known.insert(container.forker);
         process::container(&mut report, container, &all, &mut known, depth);

@@ -20,6 +20,8 @@ pub struct Promise {
     pub containers: Vec<Container>,
     /// Host pids of the forkers of those that have ended and weren't deleted yet.
     pub forkers: Vec<u32>,
+    /// Who writes down what containers call, of those that are learned from.
+    pub learners: Vec<Process>,
 }
 
 /// A process of the runtime's.

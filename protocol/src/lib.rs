@@ -1,13 +1,15 @@
 //! What shim, agent and forker say to each other, with the limits that make
 //! each side safe from the other.
 //!
-//! Three processes, two kinds of channel, both inherited SOCK_SEQPACKET pairs
+//! Four processes, three kinds of channel, both inherited SOCK_SEQPACKET pairs
 //! (one message per packet, descriptors by SCM_RIGHTS):
 //!
 //! * shim ⇄ agent: [`ToAgent`], one for the pod. The agent only launches
 //!   forkers and the pause; it answers nothing but [`FromAgent::Ready`].
 //! * shim ⇄ forker: [`ToForker`] and [`FromForker`], one for each container.
 //!   Everything about a container's processes comes in order on this one.
+//! * shim ⇄ learner: [`ToLearner`] and [`FromLearner`], one for each container that
+//!   is learned from.
 //!
 //! Packets towards the shim are at most [`MAX_PACKET`] bytes. What can be
 //! larger (arguments, environment, filters) goes from the shim in a sealed
@@ -22,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use transport::{Channel, TransportError, read_plan, seal_plan};
 
 /// Version of these messages; a shim also speaks to agents one version back.
-pub const VERSION: u16 = 8;
+pub const VERSION: u16 = 9;
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 4096;
 /// The largest plan that a memfd may hold, in bytes.
@@ -36,6 +38,10 @@ pub const AGENT_SOCKET: i32 = 3;
 pub const AGENT_LOCK: i32 = 4;
 /// The most entries of one [`FromAgent::Denied`]: they fit into a packet.
 pub const MAX_DENIALS: usize = 64;
+/// The most entries of one [`FromLearner::Seen`]: they fit into a packet.
+pub const MAX_SEEN: usize = 40;
+/// The longest name of a directory in [`Seen::Directory`], in bytes.
+pub const MAX_DIRECTORY: usize = 63;
 /// Key of a container's init among its processes.
 pub const INIT_KEY: u32 = 0;
 
@@ -63,6 +69,67 @@ pub enum ToAgent {
     },
     /// Say [`FromAgent::Pong`].
     Ping,
+    /// Make the learner of a container: the process that writes its calls down.
+    /// Descriptors: the channel for [`FromLearner`], the plan ([`plan::LearnPlan`]
+    /// in a memfd), the user namespace B, and the listeners of the container's
+    /// filter.
+    Learn,
+}
+
+/// From the shim to a container's learner.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum ToLearner {
+    /// Say [`FromLearner::Pong`].
+    Ping,
+}
+
+/// From a container's learner.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum FromLearner {
+    /// Locked, and answering from now on. Descriptor: a pidfd of it.
+    Ready,
+    /// It could not be made, and ends.
+    Failed {
+        /// One line: step and reason.
+        text: String,
+    },
+    /// What is new, or happened again: at most [`MAX_SEEN`].
+    Seen(Vec<Seen>),
+    /// It heard [`ToLearner::Ping`].
+    Pong,
+}
+
+/// Something that a container did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Seen {
+    /// Calls of one kind.
+    Call {
+        /// Number of the call.
+        nr: u32,
+        /// The arguments that [`plan::LearnPlan::kinds`] chooses, cut down as it
+        /// says, in its order.
+        args: [u32; 3],
+        /// How many since it last said so.
+        count: u64,
+    },
+    /// It bound an internet socket to this port.
+    Bound(u16),
+    /// It connected one to this port of others, or sent there.
+    Connected(u16),
+    /// It named an absolute path below this directory of the root; empty: the root
+    /// itself.
+    Directory(String),
+    /// What there was no room for, or what couldn't be read, by number.
+    Lost {
+        /// Calls of more kinds than are told apart.
+        calls: u64,
+        /// Ports.
+        ports: u64,
+        /// Directories.
+        directories: u64,
+        /// Addresses and paths that the caller's memory didn't give.
+        unread: u64,
+    },
 }
 
 /// From the first process of the pod's pid namespace. That the channel ends

@@ -68,6 +68,25 @@ pub struct LaunchPlan {
     pub connect_ports: Option<Vec<(u16, u16)>>,
     /// The same for ports that TCP listens on.
     pub listen_ports: Option<Vec<(u16, u16)>>,
+    /// A second filter, which refuses nothing and asks about what is to be written
+    /// down; empty: nothing is. [`LaunchPlan::filter`] is beside it then, and
+    /// [`LaunchPlan::asks`] isn't: a process can have one listener.
+    pub learns: Vec<u8>,
+}
+
+/// What of a container's calls is written down. Numbers of calls and of arguments.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LearnPlan {
+    /// The learner's own filter (`struct sock_filter` array).
+    pub filter: Vec<u8>,
+    /// Calls of which some arguments tell kinds apart: which, and which bits of
+    /// their low halves. At most three of a call.
+    pub kinds: Vec<(u32, Vec<(u8, u32)>)>,
+    /// Calls with an argument that leads to a path.
+    pub paths: Vec<(u32, u8)>,
+    /// Calls with an argument that leads to a socket address, the next one being its
+    /// length; true where the address is the caller's own.
+    pub addresses: Vec<(u32, u8, bool)>,
 }
 
 /// How refused calls are answered.

@@ -93,16 +93,23 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Option<OwnedFd>, St
     }
     // Without no_new_privs the filter needs CAP_SYS_ADMIN, so it comes before
     // the capabilities go.
-    let (filter, flags) = match who {
-        Who::Forker if !plan.asks.is_empty() => {
-            // Signals don't interrupt a question that is being answered, so none
-            // is asked (and counted) twice.
-            let flags = seccomp::FLAG_NEW_LISTENER | seccomp::FLAG_WAIT_KILLABLE_RECV;
-            (&plan.asks, flags)
-        }
-        Who::Forker | Who::Hook(_) => (&plan.filter, 0),
+    // Signals don't interrupt a question that is being answered, so none
+    // is asked (and counted) twice.
+    let asking = seccomp::FLAG_NEW_LISTENER | seccomp::FLAG_WAIT_KILLABLE_RECV;
+    let (filter, flags, learns) = match who {
+        Who::Forker if !plan.learns.is_empty() => (&plan.filter, 0, true),
+        Who::Forker if !plan.asks.is_empty() => (&plan.asks, asking, false),
+        Who::Forker | Who::Hook(_) => (&plan.filter, 0, false),
     };
-    let listener = seccomp::install_filter(filter, flags).at("install filter", "container")?;
+    let mut listener = None;
+    if learns {
+        // Whoever answers it lets every call run. So it is never alone: what may not
+        // run has its error from the next one, which itself lets no listener be made.
+        listener =
+            seccomp::install_filter(&plan.learns, asking).at("install filter", "learning")?;
+    }
+    let own = seccomp::install_filter(filter, flags).at("install filter", "container")?;
+    let listener = listener.or(own);
     let keep = match who {
         Who::Forker if plan.own_filters => plan.bounding | FORKER_CAPS | SYS_ADMIN,
         Who::Forker => plan.bounding | FORKER_CAPS,

@@ -13,6 +13,7 @@ mod forker;
 mod hook;
 mod label;
 mod launch;
+mod learner;
 mod passwd;
 mod pause;
 mod pod;

@@ -71,6 +71,7 @@ pub fn run() -> Result<(), StepError> {
                 Ok(None) => return Ok(()),
                 Ok(Some((ToAgent::Launch, fds))) => launch(fds),
                 Ok(Some((ToAgent::Pause, fds))) => crate::pause::start(fds),
+                Ok(Some((ToAgent::Learn, fds))) => crate::learner::start(fds),
                 Ok(Some((ToAgent::Broker { container }, fds))) => {
                     take_listeners(&mut broker, container, fds)?;
                 }
@@ -87,7 +88,7 @@ pub fn run() -> Result<(), StepError> {
 }
 
 /// How long it is until then.
-fn until(then: Instant) -> Timespec {
+pub fn until(then: Instant) -> Timespec {
     let left = then.saturating_duration_since(Instant::now());
     // No longer than a report may wait: it fits.
     Timespec::try_from(left).unwrap_or(Timespec {

@@ -49,6 +49,15 @@ pub(crate) fn classes(number: u32) -> &'static [Class] {
         .map_or(&[], |(_, classes)| classes)
 }
 
+/// Of which calls, by number, which bits of which arguments tell kinds apart: at most
+/// three of one, all below 32.
+pub fn told_apart() -> impl Iterator<Item = (u32, Vec<(u8, u32)>)> {
+    let bits = |classes: &[Class]| classes.iter().map(|(at, mask, _)| (*at, *mask)).collect();
+    CLASSES
+        .iter()
+        .filter_map(move |(name, classes)| Some((table::number(name)?, bits(classes))))
+}
+
 /// A kind of call: a number, and the arguments that tell kinds apart; all others 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Kind {

@@ -8,7 +8,7 @@ mod common;
 use common::{calls, calls_of, verdict};
 use seccomp_profiles::interp::{self, SeccompData};
 use seccomp_profiles::profile::{ArgSet, Condition};
-use seccomp_profiles::{Action, Profile, Program, reference, shipped, shipped_names, table};
+use seccomp_profiles::{Action, Kind, Profile, Program, reference, shipped, shipped_names, table};
 
 const EPERM: Action = Action::Errno(1);
 const ENOTTY: Action = Action::Errno(25);
@@ -24,7 +24,9 @@ fn all() -> Vec<(Profile, Program)> {
         .collect();
     assert_eq!(
         all.iter().map(|(p, _)| p.name.as_str()).collect::<Vec<_>>(),
-        ["agent", "compat", "default", "pause", "shim", "strict"]
+        [
+            "agent", "compat", "default", "learn", "learner", "pause", "shim", "strict"
+        ]
     );
     all
 }
@@ -145,7 +147,11 @@ fn no_rule_name_or_value_is_redundant() {
             }
         }
         // The pause has four calls in all.
-        let least = if profile.name == "pause" { 4 } else { 21 };
+        let least = match profile.name.as_str() {
+            "pause" => 4,
+            "learner" => 17,
+            _ => 21,
+        };
         assert!(tried >= least, "{}: only {tried} rules tried", profile.name);
     }
 }
@@ -191,6 +197,8 @@ fn a_high_word_does_not_hide_a_refused_request() {
             let data = call("ioctl", [0, TIOCSTI | high, 0, 0, 0, 0]);
             let refused = match profile.name.as_str() {
                 "agent" => Action::Trace(0),
+                // The profile's own filter is under it.
+                "learn" => Action::Notify,
                 _ => EPERM,
             };
             assert_eq!(
@@ -292,6 +300,73 @@ fn the_pause_can_only_wait_and_end() {
         .filter(|name| verdict(&pause, &call(name, [1; 6])) == Action::Allow)
         .collect();
     assert_eq!(allowed, ["close", "pause", "sendmsg", "exit_group"]);
+}
+
+/// Who answers the questions of a container that is learned from lets each call run.
+/// So none may be asked about that is refused without the question, and what isn't
+/// asked about must be what every profile has.
+#[test]
+fn learning_asks_about_what_runs_and_refuses_nothing() {
+    let (agent, learn) = (shipped("agent").unwrap(), shipped("learn").unwrap());
+    let base = seccomp_profiles::minimal::base();
+    for name in ["default", "strict", "compat"] {
+        let workload = shipped(name).unwrap();
+        let all = [&workload, &agent, &learn].map(calls);
+        let (mut asked, mut passed) = (0, 0);
+        for data in all.into_iter().flatten() {
+            let [own, ceiling, asks] =
+                [&workload, &agent, &learn].map(|profile| reference::decide(profile, &data));
+            let before = stricter(own, ceiling);
+            let with = stricter(before, asks);
+            if before != Action::Allow {
+                assert_eq!(with, before, "{name}: {data:x?}");
+            } else if with == Action::Notify {
+                asked += 1;
+            } else {
+                assert_eq!(with, Action::Allow, "{name}: {data:x?}");
+                let kind = Kind::of(data.nr, &data.args);
+                let is_base = base.of(data.nr).any(|known| *known == kind);
+                assert!(
+                    is_base,
+                    "{name}: {kind} is neither asked about nor in the base"
+                );
+                passed += 1;
+            }
+        }
+        assert!(
+            asked > 100 && passed > 50,
+            "{name}: {asked} asked, {passed} not"
+        );
+    }
+}
+
+#[test]
+fn what_names_a_path_or_an_address_is_asked_about() {
+    let learn = program("learn");
+    for name in [
+        "open",
+        "openat",
+        "openat2",
+        "newfstatat",
+        "statx",
+        "access",
+        "faccessat",
+        "execve",
+        "execveat",
+        "unlinkat",
+        "renameat2",
+        "mkdirat",
+        "readlinkat",
+        "bind",
+        "connect",
+        "sendto",
+    ] {
+        assert_eq!(
+            verdict(&learn, &call(name, [0; 6])),
+            Action::Notify,
+            "{name}"
+        );
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::caps;
 use crate::config::{Config, ExecPolicy, Profile};
 use crate::error::{Refusal, one_line};
-use crate::rules::{ANNOTATION_KEY, ANNOTATION_LOOSENS, ANNOTATION_POD, ANNOTATION_VALUE};
+use crate::rules::{ANNOTATION_KEY, ANNOTATION_LOOSENS, ANNOTATION_POD, ANNOTATION_VALUE, LEARN};
 
 /// What all our annotations begin with.
 pub const PREFIX: &str = "casemate.io/";
@@ -66,7 +66,7 @@ impl Key {
     #[must_use]
     pub fn form(self) -> &'static str {
         match self {
-            Self::Profile => "strict, default, compat or the name of a profile of the node",
+            Self::Profile => "strict, default, compat, learn or the name of a profile of the node",
             Self::Exec => "allow, record or deny",
             Self::ServiceAccountToken => "withhold",
             Self::Egress | Self::Ingress => "not empty, and at most 8192 bytes",
@@ -96,6 +96,8 @@ pub enum ProfileName {
     Shipped(Profile),
     /// One that the node has beside them.
     Named(String),
+    /// The node's own, and what is called under it is written down.
+    Learn,
 }
 
 impl fmt::Display for ProfileName {
@@ -103,6 +105,7 @@ impl fmt::Display for ProfileName {
         match self {
             Self::Shipped(profile) => f.write_str(profile.name()),
             Self::Named(name) => f.write_str(name),
+            Self::Learn => f.write_str("learn"),
         }
     }
 }
@@ -141,6 +144,8 @@ pub struct Effective {
     pub profile: Profile,
     /// Which filter.
     pub profile_name: String,
+    /// What is called under it is written down.
+    pub learn: bool,
     /// What becomes of execs.
     pub exec: ExecPolicy,
     /// The most capabilities.
@@ -243,12 +248,20 @@ impl Annotations {
         let mut effective = Effective {
             profile: config.profile,
             profile_name: config.profile.name().to_owned(),
+            learn: false,
             exec: config.exec.policy,
             capabilities: config.capabilities.allow,
         };
-        if let Some(asked) = &self.profile {
+        if self.profile == Some(ProfileName::Learn) {
+            // Nothing is looser by it: the node's own profile holds.
+            if !config.learn.allow {
+                return Err(Refusal::new(&LEARN, Key::Profile.field(), ""));
+            }
+            effective.learn = true;
+        } else if let Some(asked) = &self.profile {
             let profile = match asked {
                 ProfileName::Shipped(profile) => *profile,
+                ProfileName::Learn => config.profile,
                 ProfileName::Named(name) => match profiles.iter().find(|p| p.name == *name) {
                     Some(profile) => profile.within,
                     None => {
@@ -302,6 +315,9 @@ fn quoted(value: &str) -> String {
 fn profile(value: &str) -> Option<ProfileName> {
     if let Some(shipped) = Profile::of(value) {
         return Some(ProfileName::Shipped(shipped));
+    }
+    if value == "learn" {
+        return Some(ProfileName::Learn);
     }
     // The name of a file, and of nothing else.
     let good = !value.is_empty()

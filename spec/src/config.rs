@@ -9,6 +9,7 @@ mod diagnose;
 mod exec;
 mod host_paths;
 mod images;
+mod learn;
 mod network;
 mod schema;
 mod secrets;
@@ -30,6 +31,7 @@ pub use diagnose::{Diagnosis, Problem, diagnose};
 pub use exec::{Exec, ExecPolicy, ExecUsers};
 pub use host_paths::HostPaths;
 pub use images::Images;
+pub use learn::Learn;
 pub use network::{Metadata, Network, WithoutNftables};
 pub use schema::schema;
 pub use secrets::{Secrets, Token};
@@ -81,6 +83,8 @@ pub struct Config {
     pub sysctls: Sysctls,
     /// What becomes of calls that a profile refuses.
     pub broker: Broker,
+    /// Recordings of what pods do.
+    pub learn: Learn,
 }
 
 /// Which of the kernel's ways to take, where it has several.
@@ -449,7 +453,9 @@ impl Config {
             );
         }
         let kubelet = vec![self.host_paths.kubelet.clone()];
+        let learned = vec![self.learn.directory.display().to_string()];
         let lists = [
+            ("learn.directory", &learned),
             ("host_paths.kubelet", &kubelet),
             ("devices.allow", &self.devices.allow),
             ("hooks.allow", &self.hooks.allow),

@@ -88,6 +88,10 @@ rules! {
         "this annotation of a container can only be its pod's",
         "the containers of a pod share its network",
         "Put it on the pod, and pod_annotations = [\"casemate.io/*\"] into containerd's configuration of the runtime.";
+    LEARN = "learn",
+        "learning from a pod is refused on this node",
+        "each call of it is looked at before it runs, and what it does is kept on the node",
+        "Ask for another profile, or set learn.allow = true in the node's configuration.";
     SYSCTL = "sysctl",
         "this sysctl is refused",
         "it isn't separate for each pod, so it would change the node",

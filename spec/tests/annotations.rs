@@ -209,6 +209,61 @@ fn a_container_says_no_less_than_its_pod() {
 }
 
 #[test]
+fn learning_takes_leave_and_changes_nothing_else() {
+    for name in ["strict", "default", "compat"] {
+        let without = config(&format!("profile = \"{name}\"\n"));
+        let refusal = ctr(&[("profile", "learn")], &without).unwrap_err();
+        assert_eq!(refusal.rule, "learn");
+        assert_eq!(refusal.field, "annotations[casemate.io/profile]");
+        assert!(
+            refusal.to_string().contains("learn.allow = true"),
+            "{refusal}"
+        );
+        // Leave to loosen is none to learn.
+        let loose = config(&format!(
+            "profile = \"{name}\"\n[annotations]\nallow = [\"profile\"]\n"
+        ));
+        assert_eq!(
+            ctr(&[("profile", "learn")], &loose).unwrap_err().rule,
+            "learn"
+        );
+
+        let with = config(&format!("profile = \"{name}\"\n[learn]\nallow = true\n"));
+        let learning = ctr(&[("profile", "learn")], &with).unwrap();
+        let plain = accepted_under(&with);
+        assert!(learning.effective.learn && !plain.effective.learn);
+        let as_plain = Tightened {
+            effective: plain.effective.clone(),
+            asked: plain.asked.clone(),
+            annotations: plain.annotations.clone(),
+            // That there is an annotation is told.
+            decisions: plain.decisions.clone(),
+            ..learning.clone()
+        };
+        assert_eq!(format!("{as_plain:?}"), format!("{plain:?}"), "{name}");
+        assert_eq!(learning.effective.profile_name, name);
+    }
+}
+
+#[test]
+fn a_pod_is_learned_from_as_a_whole_or_by_container() {
+    let leave = config("[learn]\nallow = true\n");
+    let learns = |own: &[(&str, &str)], pods: &[(&str, &str)]| {
+        in_pod(own, pods, &leave).map(|done| done.effective.learn)
+    };
+    let learn = ("profile", "learn");
+    assert_eq!(learns(&[], &[learn]), Ok(true));
+    assert_eq!(learns(&[learn], &[learn]), Ok(true));
+    assert_eq!(learns(&[learn], &[]), Ok(true));
+    assert_eq!(learns(&[], &[]), Ok(false));
+    // What the pod says holds: no container gets the node's profile instead.
+    for (own, pods) in [("learn", "strict"), ("strict", "learn")] {
+        let refusal = learns(&[("profile", own)], &[("profile", pods)]).unwrap_err();
+        assert_eq!(refusal.rule, "annotation-loosens", "{own} in {pods}");
+    }
+}
+
+#[test]
 fn the_network_is_the_pods() {
     let none = Config::default();
     for key in ["egress", "ingress"] {

@@ -500,6 +500,11 @@ fn each_rule_refuses_and_names_its_field() {
             "linux.resources.memory.disableOOMKiller",
             vec![("/linux/resources/memory", json!({"disableOOMKiller": true}))],
         ),
+        (
+            "learn",
+            "annotations[casemate.io/profile]",
+            vec![("/annotations", json!({"casemate.io/profile": "learn"}))],
+        ),
     ];
     let mut seen = BTreeSet::new();
     for (rule, field, changes) in cases {

@@ -13,6 +13,7 @@ pub mod message;
 pub mod mount;
 pub mod namespace;
 pub mod notify;
+pub mod observe;
 pub mod process;
 pub mod schedule;
 pub mod seccomp;

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 /// `SECCOMP_IOCTL_NOTIF_RECV`: `_IOWR('!', 0, struct seccomp_notif)`.
 const RECEIVE: libc::c_ulong = 0xc050_2100;
 /// `SECCOMP_IOCTL_NOTIF_SEND`: `_IOWR('!', 1, struct seccomp_notif_resp)`.
-const SEND: libc::c_ulong = 0xc018_2101;
+pub(crate) const SEND: libc::c_ulong = 0xc018_2101;
 /// `SECCOMP_IOCTL_NOTIF_SET_FLAGS`: `_IOW('!', 4, __u64)`.
 const SET_FLAGS: libc::c_ulong = 0x4008_2104;
 /// `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP`.
@@ -35,14 +35,19 @@ pub struct Question {
 
 /// `struct seccomp_notif_resp`.
 #[repr(C)]
-struct Answer {
-    id: u64,
-    value: i64,
-    error: i32,
-    flags: u32,
+pub(crate) struct Answer {
+    pub id: u64,
+    pub value: i64,
+    pub error: i32,
+    pub flags: u32,
 }
 
-fn ioctl<T>(listener: impl AsFd, request: libc::c_ulong, argument: *mut T) -> io::Result<()> {
+/// `argument` is of the type that the request names, and alive for the call.
+pub(crate) fn ioctl<T>(
+    listener: impl AsFd,
+    request: libc::c_ulong,
+    argument: *mut T,
+) -> io::Result<()> {
     let fd = listener.as_fd().as_raw_fd();
     // SAFETY: the callers below pass a pointer to a value of the type that the
     // request names, alive for the whole call.
@@ -66,7 +71,7 @@ pub fn receive(listener: impl AsFd) -> io::Result<Question> {
 }
 
 /// Answers a question with an error; the call doesn't run. There is no function
-/// here that lets one run.
+/// here that lets one run; that of [`crate::observe`] takes no question of these.
 ///
 /// # Errors
 /// `NotFound` when who asked has gone; else what the kernel answers.

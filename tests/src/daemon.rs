@@ -19,6 +19,8 @@ use crate::run::until;
 pub const CONFIG_VARIABLE: &str = "CASEMATE_CONFIG";
 /// That configuration of a daemon of its own, where there is one.
 pub const NODE_CONFIG: &str = "casemate/config.toml";
+/// Where its pods' recordings are, in the daemon's directory.
+pub const LEARNED: &str = "learned";
 
 /// A running private containerd; stopped when dropped.
 pub struct Daemon {
@@ -37,6 +39,11 @@ impl Daemon {
     /// casemate's configuration of its own; there may be none.
     pub fn node_config(&self) -> PathBuf {
         self.dir.join(NODE_CONFIG)
+    }
+
+    /// What was learned from pods, where its configuration has that.
+    pub fn learned(&self) -> PathBuf {
+        self.dir.join(LEARNED)
     }
 
     /// Starts one with this configuration file, inside of that network

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use crate::daemon::{CONFIG_VARIABLE, Daemon, NODE_CONFIG};
+use crate::daemon::{CONFIG_VARIABLE, Daemon, LEARNED, NODE_CONFIG};
 use crate::error::{Result, file};
 use crate::run::run;
 
@@ -121,8 +121,8 @@ fn daemons() -> PathBuf {
     )
 }
 
-/// Turns the sandbox API on for the daemon's shims, and nothing else: the rest
-/// is as the environment has it.
+/// Turns the sandbox API on for the daemon's shims, and lets pods be learned from: the
+/// rest is as the environment has it.
 fn by_api(dir: &Path) -> Result<()> {
     let path = dir.join(NODE_CONFIG);
     let drop_ins = path.with_file_name("config.d");
@@ -133,7 +133,14 @@ fn by_api(dir: &Path) -> Result<()> {
     };
     fs::write(&path, text).map_err(file("write", &path))?;
     let on = drop_ins.join("api.toml");
-    fs::write(&on, "sandbox.api = true\n").map_err(file("write", &on))
+    fs::write(&on, "sandbox.api = true\n").map_err(file("write", &on))?;
+    let learn = drop_ins.join("learn.toml");
+    let place = dir.join(LEARNED);
+    let text = format!(
+        "[learn]\nallow = true\ndirectory = \"{}\"\n",
+        place.display()
+    );
+    fs::write(&learn, text).map_err(file("write", &learn))
 }
 
 /// One bridge, addresses from `subnet`, no masquerading, so no iptables.

@@ -234,7 +234,8 @@ impl Container {
     }
 }
 
-fn is_readable(fd: impl AsFd) -> bool {
+/// Whether something waits there, without waiting.
+pub fn is_readable(fd: impl AsFd) -> bool {
     let mut fds = [rustix::event::PollFd::new(&fd, PollFlags::IN)];
     let now = rustix::event::Timespec {
         tv_sec: 0,

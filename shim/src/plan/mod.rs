@@ -169,6 +169,7 @@ pub fn container(
         asks: Vec::new(),
         connect_ports: None,
         listen_ports: None,
+        learns: Vec::new(),
     };
     Ok(Launch { plan, staged })
 }
@@ -329,14 +330,37 @@ pub fn process(spec: &ProcessSpec, filter: &(Vec<u8>, u32)) -> ProcessPlan {
     }
 }
 
-/// The spec's own filter: byte code and flags; empty when there is none.
-pub fn filter(raw: Option<&serde_json::Value>) -> Result<(Vec<u8>, u32), SandboxError> {
+fn without_tracer(filter: &mut seccomp_profiles::oci::OciSeccomp) {
+    const TRACE: &str = "SCMP_ACT_TRACE";
+    let answer = |action: &mut String, errno: &mut Option<u32>| {
+        if action == TRACE {
+            "SCMP_ACT_ERRNO".clone_into(action);
+            *errno = Some(libc::ENOSYS.unsigned_abs());
+        }
+    };
+    answer(&mut filter.default_action, &mut filter.default_errno_ret);
+    for rule in &mut filter.syscalls {
+        answer(&mut rule.action, &mut rule.errno_ret);
+    }
+}
+
+/// The spec's own filter: byte code and flags; empty when there is none. With
+/// `learn` there is a filter that asks beside it, whose questions go before what a
+/// tracer is asked: so the error that is the answer without a tracer, which nobody
+/// inside can be, is said as an error.
+pub fn filter(
+    raw: Option<&serde_json::Value>,
+    learn: bool,
+) -> Result<(Vec<u8>, u32), SandboxError> {
     let Some(raw) = raw else {
         return Ok((Vec::new(), 0));
     };
     let invalid = |e: String| SandboxError::Invalid(format!("linux.seccomp: {e}"));
-    let parsed: seccomp_profiles::oci::OciSeccomp =
+    let mut parsed: seccomp_profiles::oci::OciSeccomp =
         serde_json::from_value(raw.clone()).map_err(|e| invalid(e.to_string()))?;
+    if learn {
+        without_tracer(&mut parsed);
+    }
     let compiled = seccomp_profiles::oci::compile(&parsed).map_err(|e| invalid(e.to_string()))?;
     for warning in &compiled.warnings {
         log::warn!("linux.seccomp: {warning}");

@@ -7,6 +7,7 @@
 
 pub mod class;
 pub mod denials;
+pub mod learned;
 pub mod limit;
 pub mod spool;
 
@@ -239,6 +240,11 @@ impl Records {
                 denials: Mutex::default(),
             }),
         }
+    }
+
+    /// containerd's namespace, and the pod's id.
+    pub fn place(&self) -> (&str, &str) {
+        (&self.shared.namespace, &self.shared.pod)
     }
 
     fn ring(&self) -> MutexGuard<'_, Ring> {

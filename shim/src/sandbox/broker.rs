@@ -1,48 +1,29 @@
 //! The shim's side of the broker: gives the agent what it needs to answer a
 //! container's refused calls, takes its word of them, and sees to it that none
-//! waits for an agent that doesn't answer.
-//!
-//! The shim keeps a copy of each listener, only to see that something waits there.
-//! Then the agent is asked for a sign of life, at most twice a second; one that
-//! gives none is killed, and its pod ends with it. Nothing runs while nothing is
-//! refused.
+//! waits for an agent that doesn't answer (see [`super::watch`]).
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use casemate_protocol::plan::BrokerPlan;
 use casemate_protocol::{Channel, FromAgent, ToAgent, TransportError, seal_plan};
-use rustix::event::PollFlags;
 use seccomp_profiles::{Action, Form, shipped_explainer, shipped_program_as};
 use tokio::io::Interest;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{KILL, SandboxError};
+use super::SandboxError;
+use super::watch::{LOOK_EACH, Line, Who, guard, is_listener};
 use crate::host::Step;
 use crate::host::agent::Agent;
 use crate::record::denials::Container;
 use crate::record::{Record, Records, class};
 
-/// An agent that is stopped, while calls wait for it, gets this long.
-const STOPPED: Duration = Duration::from_millis(900);
-/// One that isn't, but says nothing: it may be short of processor time.
-const SILENT: Duration = Duration::from_secs(5);
-/// From one look at a listener to the next.
-const LOOK_EACH: Duration = Duration::from_millis(500);
 /// Messages taken of an agent in a second; the rest waits with it.
 const MESSAGES: u32 = 64;
-
-/// What is known of the agent.
-struct Line {
-    channel: Channel,
-    pid: u32,
-    pidfd: OwnedFd,
-    pongs: watch::Sender<u64>,
-}
 
 /// The broker of one pod.
 pub struct Broker {
@@ -96,6 +77,7 @@ impl Broker {
             pid: agent.pid,
             pidfd: copy(&agent.pidfd).step("copy", "the agent's pidfd")?,
             pongs: watch::Sender::new(0),
+            who: Who::Agent,
         });
         let book = Arc::<Mutex<Book>>::default();
         tokio::spawn(listen(line.clone(), book.clone(), records.clone()));
@@ -152,92 +134,6 @@ impl Broker {
             });
         }
         Ok(())
-    }
-}
-
-/// A descriptor that a forker sends may be anything.
-fn is_listener(fd: &OwnedFd) -> Result<(), SandboxError> {
-    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let target = std::fs::read_link(&link).step("read", link)?;
-    if target.as_os_str() == "anon_inode:seccomp notify" {
-        return Ok(());
-    }
-    Err(SandboxError::Unavailable(
-        "the container's forker sends something else than a listener".into(),
-    ))
-}
-
-/// What waits at a descriptor, without waiting.
-fn state(fd: &OwnedFd) -> PollFlags {
-    let mut fds = [rustix::event::PollFd::new(fd, PollFlags::IN)];
-    let now = rustix::event::Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    match rustix::event::poll(&mut fds, Some(&now)) {
-        Ok(_) => fds[0].revents(),
-        Err(_) => PollFlags::empty(),
-    }
-}
-
-/// Follows a listener until nobody is left behind its filter.
-async fn guard(line: &Line, mut listener: OwnedFd, records: &Records, id: &str) {
-    loop {
-        // Registered anew each time: in between, questions don't wake the shim.
-        let Ok(watched) = crate::io::watch(listener, Interest::READABLE) else {
-            return;
-        };
-        let ready = watched.readable().await.is_ok();
-        listener = watched.into_inner();
-        let now = state(&listener);
-        if !ready
-            || (!now.contains(PollFlags::IN) && now.intersects(PollFlags::HUP | PollFlags::ERR))
-        {
-            return;
-        }
-        if let Err(why) = line.is_alive().await
-            && state(&listener).contains(PollFlags::IN)
-        {
-            let text = format!("the agent {why} while refused calls wait for it; the pod is ended");
-            log::error!("container {id}: {text}");
-            records.push(&Record::BrokerLoss {
-                container: id.to_owned(),
-                text,
-            });
-            let _gone = casemate_sys::process::signal(&line.pidfd, KILL);
-            return;
-        }
-        tokio::time::sleep(LOOK_EACH).await;
-    }
-}
-
-impl Line {
-    /// Asks for a sign of life; how it is where none comes.
-    async fn is_alive(&self) -> Result<(), &'static str> {
-        let mut pongs = self.pongs.subscribe();
-        let before = *pongs.borrow_and_update();
-        let begun = Instant::now();
-        // A full channel says nothing either.
-        let _full = self.channel.send_now(&ToAgent::Ping, &[]);
-        for (limit, why) in [(STOPPED, "is stopped"), (SILENT, "says nothing")] {
-            let heard = pongs.wait_for(|pongs| *pongs > before);
-            if tokio::time::timeout_at(begun + limit, heard).await.is_ok() {
-                return Ok(());
-            }
-            if limit == SILENT || self.is_stopped() {
-                return Err(why);
-            }
-        }
-        Ok(())
-    }
-
-    fn is_stopped(&self) -> bool {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
-        let stat = stat.unwrap_or_default();
-        let state = stat
-            .rsplit_once(')')
-            .and_then(|(_, rest)| rest.split_ascii_whitespace().next());
-        matches!(state, Some("T" | "t"))
     }
 }
 

@@ -10,11 +10,13 @@ use std::time::Duration;
 use casemate_cgroup::{Attach, Cgroup};
 use casemate_protocol::plan::ProcessPlan;
 use casemate_protocol::{Channel, INIT_KEY, ToAgent, ToForker, seal_plan};
-use casemate_spec::{Config, HookSpec, ProcessSpec, Tightened, secrets};
+use casemate_spec::{Config, HookSpec, Tightened};
 use casemate_sys::{message, process};
 use rustix::fs::{Mode, OFlags};
 
 use super::forker::{Forker, Reply, out_of_turn};
+use super::inherited::{process_plan, set_oom_score};
+use super::learner::{self, Learner};
 use super::leftovers::Leftovers;
 use super::pipes::give_pipe;
 use super::{
@@ -66,6 +68,8 @@ pub struct Container {
     leftovers: Arc<Leftovers>,
     /// As they were set last.
     pub(super) limits: promise::Kept,
+    /// Writes its calls down, where it is learned from.
+    learner: Option<Learner>,
 }
 
 /// Undoes what a failed create has made.
@@ -111,7 +115,7 @@ pub(super) async fn create(
         || pod.pid_namespaces(),
     )?;
     users::check(spec.users.as_ref(), pod.users.as_ref(), &pod.userns)?;
-    let filter = plan::filter(spec.seccomp.as_ref())?;
+    let filter = plan::filter(spec.seccomp.as_ref(), spec.effective.learn)?;
     let sources = sources::open(&mut spec, &pod.config.host_paths, &request.bundle)?;
     let directory = {
         let mut next = pod.next.lock().unwrap_or_else(PoisonError::into_inner);
@@ -134,17 +138,17 @@ pub(super) async fn create(
     };
     let place = (&*directory, joined.as_ref(), sources);
     let launched = launch(pod, &request, &spec, &filter, &cgroup, holder, place).await;
-    let launched = launched.and_then(|(forker, forker_pid, forker_pidfd, spawned)| {
+    let launched = launched.and_then(|(forker, forker_pid, forker_pidfd, spawned, learner)| {
         let init = spawned.pidfd.try_clone().step("copy", "pidfd")?;
         let entry = Entry::Init {
             container: request.id.clone(),
             pid: spawned.pid,
         };
         record(&pod.journal, entry)?;
-        Ok((forker, forker_pid, forker_pidfd, spawned, init))
+        Ok((forker, forker_pid, forker_pidfd, spawned, init, learner))
     });
     match launched {
-        Ok((forker, forker_pid, forker_pidfd, spawned, init)) => {
+        Ok((forker, forker_pid, forker_pidfd, spawned, init, learner)) => {
             let container = Container {
                 id: request.id,
                 spec,
@@ -168,6 +172,7 @@ pub(super) async fn create(
                 stopped: AtomicBool::new(false),
                 gone: AtomicBool::new(false),
                 leftovers: pod.leftovers.clone(),
+                learner,
             };
             Ok((Arc::new(container), spawned))
         }
@@ -186,7 +191,7 @@ pub(super) async fn create(
     }
 }
 
-type Launched = (Forker, u32, OwnedFd, Spawned);
+type Launched = (Forker, u32, OwnedFd, Spawned, Option<Learner>);
 
 async fn launch(
     pod: &Sandbox,
@@ -209,7 +214,10 @@ async fn launch(
     plan.joins_pids = joined.is_some();
     plan.shares_network = pod.network.namespace().is_none();
     pod.ports.lock(&mut plan);
-    if pod.broker.is_some() {
+    // A process has one listener: of what it is refused, or of what it may do.
+    if spec.effective.learn {
+        plan.learns = learner::filter()?;
+    } else if pod.broker.is_some() {
         plan.asks = broker::filter(&spec.effective.profile_name)?;
     }
     let sealed = seal_plan(&plan)
@@ -256,13 +264,17 @@ async fn launch(
         return Err(out_of_turn());
     };
     // Init, where it exists already, and a listener of each who has a filter that asks.
-    let asks = pod.broker.is_some();
+    let asks = pod.broker.is_some() || spec.effective.learn;
     let early = match (others.len(), asks) {
         (0, false) | (1, true) => None,
         (1, false) | (3, true) => Some(others.remove(0)),
         _ => return Err(out_of_turn()),
     };
-    if let Some(broker) = &pod.broker {
+    let mut learner = None;
+    if spec.effective.learn {
+        let made = Learner::start(pod, &request.id, spec, (&plan.filter, others)).await?;
+        learner = Some(made);
+    } else if let Some(broker) = &pod.broker {
         broker.take(&request.id, &spec.effective.profile_name, others)?;
     }
     let forker_pid = verify::child(&forker_pidfd, pod.agent.pid)?.ok_or_else(ended)?;
@@ -295,55 +307,11 @@ async fn launch(
     if let Some(namespace) = joined {
         verify::pids(&spawned.pidfd, namespace)?;
     }
-    Ok((forker, forker_pid, forker_pidfd, spawned))
+    Ok((forker, forker_pid, forker_pidfd, spawned, learner))
 }
 
 fn ended() -> SandboxError {
     SandboxError::Unavailable("the process has ended before its start".into())
-}
-
-/// The OOM score that all processes of the container inherit from the forker.
-fn set_oom_score(pid: u32, score: i32, config: &Config) -> Result<(), SandboxError> {
-    let path = format!("/proc/{pid}/oom_score_adj");
-    let Err(error) = std::fs::write(&path, score.to_string()) else {
-        return Ok(());
-    };
-    if !config.fallback.without_oom_score_adj {
-        return Err(SandboxError::Failed(format!(
-            "set process.oomScoreAdj to {score}: {error}; run containerd with CAP_SYS_RESOURCE, or \
-             set fallback.without_oom_score_adj = true in config.toml"
-        )));
-    }
-    log::warn!("process.oomScoreAdj {score} can't be set ({error}); left as it is");
-    Ok(())
-}
-
-/// Limits above the forker's own hard ones need the host's privilege: they are
-/// set on the forker by the shim, and inherited; the rest by the child. That of core
-/// files is always the shim's: the child's filter has it stay as it is.
-fn process_plan(
-    spec: &ProcessSpec,
-    filter: &(Vec<u8>, u32),
-    parents: &[u32],
-) -> Result<ProcessPlan, SandboxError> {
-    let mut plan = plan::process(spec, filter);
-    plan.limits.retain(|limit| {
-        let own = process::get_limit(limit.resource).map_or(0, |(_, hard)| hard);
-        limit.hard <= own && limit.resource != secrets::RLIMIT_CORE
-    });
-    for limit in &spec.rlimits {
-        if plan.limits.iter().any(|l| l.resource == limit.resource) {
-            continue;
-        }
-        for pid in parents {
-            process::set_limit(*pid, limit.resource, limit.soft, limit.hard).step(
-                "set process.rlimits above those of containerd, which takes CAP_SYS_RESOURCE: \
-                 resource",
-                format!("{} to {}", limit.resource, limit.hard),
-            )?;
-        }
-    }
-    Ok(plan)
 }
 
 async fn spawn(
@@ -539,6 +507,11 @@ impl Container {
                 return Some(exit);
             }
         }
+    }
+
+    /// Who writes its calls down, while anybody may make one.
+    pub(super) fn learner(&self) -> Option<&Learner> {
+        self.learner.as_ref().filter(|learner| learner.lives())
     }
 
     /// The container's cgroup: pids, freeze, stats, update.

@@ -34,6 +34,7 @@ impl Container {
             "cgroups": cgroups,
             "usage": usage(&self.cgroup),
             "profile": self.spec.effective.profile_name,
+            "learning": self.spec.effective.learn,
             "no_new_privs": self.spec.process.no_new_privs,
             "own_filter": !self.filter.0.is_empty(),
             "capabilities": casemate_spec::caps::names(caps.bounding),

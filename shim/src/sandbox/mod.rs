@@ -7,6 +7,9 @@ mod container;
 mod facts;
 mod forker;
 mod hooks;
+mod inherited;
+mod kernel;
+mod learner;
 mod leftovers;
 mod mounts;
 mod namespaces;
@@ -17,6 +20,7 @@ mod promise;
 mod shared;
 mod users;
 mod verify;
+mod watch;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -39,6 +43,7 @@ use crate::host::staging::Staging;
 use crate::host::{Step, dev, lsm, userns};
 use crate::plan;
 use crate::record::Records;
+use crate::record::learned::Learned;
 use broker::Broker;
 use leftovers::Leftovers;
 
@@ -207,6 +212,10 @@ pub struct Sandbox {
     agent: Agent,
     /// Answers refused calls, where the configuration has it so.
     broker: Option<Broker>,
+    /// Where to what happens in the pod is written.
+    records: Records,
+    /// What is learned from its containers, where any is.
+    learned: tokio::sync::OnceCell<Arc<Learned>>,
     cgroup: Cgroup,
     /// The cgroup above is the pod's alone.
     has_parent: bool,
@@ -288,23 +297,6 @@ fn tightened(
     Ok(spec)
 }
 
-/// Whether to use Landlock: always, unless the kernel lacks it and the
-/// configuration lets pods start without.
-fn landlock(config: &Config) -> Result<bool, SandboxError> {
-    if casemate_sys::landlock::abi() > 0 {
-        return Ok(true);
-    }
-    if config.fallback.without_landlock {
-        log::warn!("this kernel has no Landlock; starting without (fallback.without_landlock)");
-        return Ok(false);
-    }
-    Err(SandboxError::Failed(
-        "this kernel has no Landlock (Linux 5.13, CONFIG_SECURITY_LANDLOCK and lsm=landlock); \
-         enable it, or set fallback.without_landlock = true in config.toml"
-            .into(),
-    ))
-}
-
 impl Sandbox {
     /// Makes the pod: id range, namespaces, agent. Blocks for a few
     /// milliseconds; called once, before the first container.
@@ -327,7 +319,7 @@ impl Sandbox {
         };
         let journal = Journal::open(&request.bundle)
             .step("open the journal in", request.bundle.display().to_string())?;
-        let landlock = landlock(&config)?;
+        let landlock = kernel::landlock(&config)?;
         let runner = Runner::start(&config.hooks)?.map(Arc::new);
         let chosen = users::Chosen::of(spec.users.as_ref())?;
         let first = chosen.as_ref().map(users::Chosen::first);
@@ -358,6 +350,7 @@ impl Sandbox {
         let (cgroup, holder) = begun.finish_now()?;
         let shim = std::env::current_exe().step("find", "the shim's own binary")?;
         let binary = config.sandbox.agent_path(&shim);
+        let records = request.records;
         let made = agent::start(&binary, &range, &network, &staging, &cgroup).and_then(|agent| {
             let entry = Entry::Agent {
                 pid: agent.pid,
@@ -370,7 +363,7 @@ impl Sandbox {
                     userns::make(&agent.pidfd).map_err(|e| agent::ended_early(&agent, e))?;
                 agent::ready(&agent)?;
                 let broker = config.broker.enabled;
-                let broker = broker.then(|| Broker::new(&agent, request.records));
+                let broker = broker.then(|| Broker::new(&agent, records.clone()));
                 Ok((userns, broker.transpose()?))
             });
             match pod {
@@ -405,6 +398,8 @@ impl Sandbox {
             userns,
             agent,
             broker,
+            records,
+            learned: tokio::sync::OnceCell::new(),
             cgroup,
             has_parent,
             asked: (spec.pod.kind == Kind::Sandbox).then_some(spec.asked),
@@ -512,6 +507,7 @@ impl Sandbox {
     /// Kills everything of the pod and removes what is left on the host.
     pub async fn stop(&self) {
         self.kill().await;
+        self.end_learning().await;
         let until = tokio::time::Instant::now() + CGROUPS_FREE_WITHIN;
         for (id, dirs) in self.leftovers.take() {
             let left = until.saturating_duration_since(tokio::time::Instant::now());

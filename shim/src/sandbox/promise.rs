@@ -7,7 +7,7 @@ use casemate_cgroup::Cgroup;
 use casemate_posture as posture;
 use casemate_spec::{MountSpec, Tightened};
 
-use super::{Container, Sandbox};
+use super::{Container, Sandbox, learner};
 use crate::host::lockdown;
 use crate::plan;
 
@@ -52,6 +52,7 @@ impl Sandbox {
             }),
             containers: Vec::new(),
             forkers: Vec::new(),
+            learners: Vec::new(),
         }
     }
 }
@@ -69,16 +70,36 @@ pub fn kept(cgroup: &Cgroup) -> Kept {
 }
 
 impl Container {
-    /// The agent's, and the profile's in the form that was installed.
+    /// The agent's; the one that asks, where the container is learned from; and the
+    /// profile's in the form that was installed.
     fn filters(&self) -> Vec<String> {
-        let profile = &self.spec.effective.profile_name;
-        let own = match self.config.broker.enabled {
-            true => super::broker::filter(profile),
-            false => plan::program(profile),
+        let effective = &self.spec.effective;
+        let (mut all, own) = match (effective.learn, self.config.broker.enabled) {
+            (true, _) => (
+                filters(&["agent", "learn"]),
+                plan::program(&effective.profile_name),
+            ),
+            (false, true) => (
+                filters(&["agent"]),
+                super::broker::filter(&effective.profile_name),
+            ),
+            (false, false) => (filters(&["agent"]), plan::program(&effective.profile_name)),
         };
-        let mut all = filters(&["agent"]);
         all.extend(own.iter().map(|program| posture::hash(program)));
         all
+    }
+
+    /// The process that writes its calls down, where there is one.
+    pub fn learner_promise(&self, pod: &Sandbox) -> Option<posture::Process> {
+        let learner = self.learner()?;
+        Some(posture::Process {
+            pid: learner.pid,
+            // Its memory is the agent's, and so is its id.
+            uid: pod.range.base(),
+            capabilities: learner::CAPS,
+            no_new_privs: true,
+            filters: filters(&["agent", "learner"]),
+        })
     }
 
     /// Limits were changed by leave.

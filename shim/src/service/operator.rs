@@ -36,10 +36,11 @@ const PROCESSES: usize = 256;
 
 /// The service.
 pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
-    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 4] = [
+    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 5] = [
         ("Inspect", Box::new(Inspect { pod: pod.clone() })),
         ("Promise", Box::new(Promise { pod: pod.clone() })),
         ("Denials", Box::new(Denials { pod: pod.clone() })),
+        ("Recording", Box::new(Recording { pod: pod.clone() })),
         (
             "Records",
             Box::new(Records {
@@ -115,13 +116,15 @@ impl MethodHandler for Promise {
 
 /// What living processes of the pod were promised to be.
 fn promise(pod: &Pod) -> Result<Value, ShimError> {
-    let mut promise = pod.sandbox()?.promise();
+    let sandbox = pod.sandbox()?;
+    let mut promise = sandbox.promise();
     for task in pod.tasks() {
         let Some(container) = task.container() else {
             continue;
         };
         let ended = task.init.facts().phase == Phase::Stopped;
         let said = container.promise();
+        promise.learners.extend(container.learner_promise(&sandbox));
         if ended {
             promise.forkers.push(said.forker);
         } else {
@@ -138,8 +141,43 @@ struct Denials {
 #[async_trait]
 impl MethodHandler for Denials {
     async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
-        Ok(answer(&self.pod.records.denial_list()))
+        let mut said = self.pod.records.denial_list();
+        said["learning"] = learning(&self.pod).into();
+        Ok(answer(&said))
     }
+}
+
+/// Containers that are learned from: what they are refused isn't counted.
+fn learning(pod: &Pod) -> Vec<String> {
+    let tasks = pod.tasks();
+    let learns = |task: &&Arc<Task>| {
+        let container = task.container();
+        container.is_some_and(|container| container.policy().0.effective.learn)
+    };
+    tasks.iter().filter(learns).map(|t| t.id.clone()).collect()
+}
+
+struct Recording {
+    pod: Arc<Pod>,
+}
+
+#[async_trait]
+impl MethodHandler for Recording {
+    async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
+        Ok(recording(&self.pod).map_or_else(|e| refusal(status(e)), |body| answer(&body)))
+    }
+}
+
+/// What was learned from the pod by now; null where nothing is.
+fn recording(pod: &Pod) -> Result<Value, ShimError> {
+    let sandbox = pod.sandbox()?;
+    let Some(learned) = sandbox.learned() else {
+        return Ok(json!({ "recording": null }));
+    };
+    let text = learned.recording().to_json();
+    let body = text.and_then(|text| serde_json::from_str::<Value>(&text));
+    let body = body.map_err(|e| ShimError::Unknown(format!("recording: {e}")))?;
+    Ok(json!({ "recording": body }))
 }
 
 fn inspect(pod: &Pod) -> Value {

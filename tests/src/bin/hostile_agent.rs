@@ -9,7 +9,10 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
 use casemate_protocol::plan::PodPlan;
-use casemate_protocol::{AGENT_SOCKET, Channel, Denial, FromAgent, FromForker, ToAgent, ToForker};
+use casemate_protocol::{
+    AGENT_SOCKET, Channel, Denial, FromAgent, FromForker, FromLearner, Seen, ToAgent, ToForker,
+    ToLearner,
+};
 use casemate_protocol::{VERSION, read_plan};
 use casemate_sys::process::{self, Fork};
 use casemate_sys::{exec, message, mount};
@@ -222,6 +225,11 @@ fn relay(shim: Channel, agent: Channel, word: &str) -> Answer<()> {
                 cuts.insert(next, cut);
                 next += 1;
             }
+            if let (ToAgent::Learn, Some(theirs)) = (&message, fds.first_mut()) {
+                let (ours, learners) = message::pair()?;
+                let raw = std::mem::replace(theirs, learners);
+                beside_learner(raw, Channel::new(ours), word)?;
+            }
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             agent.send(&message, &fds).map_err(other)?;
             if let ToAgent::Broker { container } = message {
@@ -300,6 +308,83 @@ fn lie_of_denials(shim: &Channel, container: u32, word: &str) -> Answer<()> {
             Ok(())
         }
         _ => Ok(()),
+    }
+}
+
+/// Puts a process between shim and learner, which lies once the learner is ready.
+fn beside_learner(raw: OwnedFd, learner: Channel, word: &str) -> Answer<()> {
+    if let Fork::Child = process::fork()? {
+        let _ended = learner_relay(&raw, &learner, word);
+        process::exit_now(0)
+    }
+    Ok(())
+}
+
+fn learner_relay(raw: &OwnedFd, learner: &Channel, word: &str) -> Answer<()> {
+    let shim = Channel::new(raw.try_clone()?);
+    let seen = |list: Vec<Seen>| shim.send(&FromLearner::Seen(list), &[]).map_err(other);
+    let call = |nr: u32, args: [u32; 3], count: u64| Seen::Call { nr, args, count };
+    loop {
+        let mut fds = [
+            PollFd::new(&shim, PollFlags::IN),
+            PollFd::new(learner, PollFlags::IN),
+        ];
+        poll(&mut fds, None)?;
+        let ready = fds.map(|fd| !fd.revents().is_empty());
+        if ready[0] {
+            let Some((message, _)) = shim.receive::<ToLearner>(true).map_err(other)? else {
+                return Ok(());
+            };
+            learner.send(&message, &[]).map_err(other)?;
+        }
+        if !ready[1] {
+            continue;
+        }
+        let Some((message, mut fds)) = learner.receive::<FromLearner>(true).map_err(other)? else {
+            return Ok(());
+        };
+        let is_ready = matches!(message, FromLearner::Ready);
+        match word {
+            "learner-without-pidfd" => fds.clear(),
+            "learner-is-the-agent" if is_ready => fds = vec![process::open_pidfd(1)?],
+            "learner-is-no-process" if is_ready => fds = vec![null()?],
+            "learner-failed" if is_ready => {
+                let text = "\u{1b}[31mline\nanother\r\n".repeat(100);
+                shim.send(&FromLearner::Failed { text }, &[])
+                    .map_err(other)?;
+                continue;
+            }
+            _ => {}
+        }
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        shim.send(&message, &fds).map_err(other)?;
+        if !is_ready {
+            continue;
+        }
+        match word {
+            "learner-garbage" => message::send(raw, &[0xff; 64], &[])?,
+            "learner-oversize" => message::send(raw, &[0; 20_000], &[])?,
+            "learner-ready-twice" => shim.send(&FromLearner::Ready, &[]).map_err(other)?,
+            "learner-no-call" => seen(vec![call(9999, [0; 3], 1)])?,
+            "learner-no-count" => seen(vec![call(0, [0; 3], u64::MAX)])?,
+            "learner-no-arguments" => seen(vec![call(0, [7, 0, 0], 1)])?,
+            "learner-no-port" => seen(vec![Seen::Bound(0)])?,
+            "learner-a-path" => seen(vec![Seen::Directory("../../etc/passwd".into())])?,
+            "learner-colours" => seen(vec![Seen::Directory("\u{1b}[31m".into())])?,
+            "learner-hangs-up" => return Ok(()),
+            "learner-that-never-ends" => {
+                // The shim takes so many a second: it is this process that waits.
+                for n in 0..800u32 {
+                    let list = (0..20).flat_map(|m| {
+                        let number = n * 20 + m;
+                        let port = (number % 65_535) as u16 + 1;
+                        [call(16, [number, 0, 0], 1 << 20), Seen::Connected(port)]
+                    });
+                    seen(list.collect())?;
+                }
+            }
+            _ => {}
+        }
     }
 }
 

@@ -13,6 +13,8 @@ use std::time::Duration;
 mod attack;
 #[path = "../probe/enter.rs"]
 mod enter;
+#[path = "../probe/learned.rs"]
+mod learned;
 #[path = "../probe/ports.rs"]
 mod ports;
 #[path = "../probe/refused.rs"]
@@ -50,6 +52,10 @@ fn obey(words: &[&str]) -> ExitCode {
         ["refused", count, names @ ..] => refused::each(count.parse().unwrap_or(1), names),
         ["refused-time", count] => refused::time(count.parse().unwrap_or(1)),
         ["refused-sorts", count] => refused::sorts(count.parse().unwrap_or(1)),
+        ["refused-numbers", numbers @ ..] => refused::numbers(numbers),
+        ["deeds", port] => learned::deeds(port.parse().unwrap_or(1)),
+        ["price"] => learned::price(),
+        ["many", count] => learned::many(count.parse().unwrap_or(1)),
         ["processes", pids @ ..] => attack::processes(pids),
         ["reach", limit] => attack::reach(limit.parse().unwrap_or(0)),
         ["listen", name] => attack::listen(name),

@@ -20,6 +20,19 @@ pub fn each(count: u32, names: &[&str]) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes each call of these numbers, without arguments; prints number and error.
+pub fn numbers(numbers: &[&str]) -> io::Result<()> {
+    for text in numbers {
+        let number = text.parse().map_err(io::Error::other)?;
+        let error = match attempt::number(number, [0; 3]) {
+            Ok(()) => 0,
+            Err(error) => error.raw_os_error().unwrap_or(-1),
+        };
+        println!("{number} {error}");
+    }
+    Ok(())
+}
+
 /// Nanoseconds of one refused call: median, and at the 99th percentile.
 pub fn time(count: u32) -> io::Result<()> {
     let mut times = Vec::new();

@@ -49,11 +49,16 @@ fn program() -> Result<PathBuf, Stop> {
 
 /// A task whose agent lies as `word` says; not yet booted.
 fn lying(word: &str) -> Result<Task, Stop> {
+    lying_under(word, "")
+}
+
+/// The same, with more in the configuration.
+pub fn lying_under(word: &str, config: &str) -> Result<Task, Stop> {
     let mut task = Task::new("lies", &["/bin/probe", "sleep"])?;
     let path = program()?;
     configure(
         &mut task,
-        &format!("[sandbox]\nagent_path = \"{}\"\n", path.display()),
+        &format!("{config}\n[sandbox]\nagent_path = \"{}\"\n", path.display()),
     )?;
     task.spec["hostname"] = word.into();
     // A process between shim and agent is just what a look at the posture finds.
@@ -61,7 +66,7 @@ fn lying(word: &str) -> Result<Task, Stop> {
     Ok(task)
 }
 
-fn in_case(word: &str, done: Outcome) -> Outcome {
+pub fn in_case(word: &str, done: Outcome) -> Outcome {
     done.map_err(|stop| match stop {
         Stop::Fail(text) => Stop::Fail(format!("{word}: {text}")),
         skip @ Stop::Skip(_) => skip,
@@ -69,7 +74,7 @@ fn in_case(word: &str, done: Outcome) -> Outcome {
 }
 
 /// The pod can't be, and says so in one line that a terminal can show.
-fn refused(task: &mut Task) -> Outcome {
+pub fn refused(task: &mut Task) -> Outcome {
     let begun = Instant::now();
     // Until an agent that says nothing is given up, nobody is answered.
     if task.boot().is_err() {

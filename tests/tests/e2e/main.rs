@@ -32,6 +32,9 @@ mod hostile_races;
 mod hostile_shape;
 mod install;
 mod items;
+mod learn;
+mod learn_bounds;
+mod learn_hostile;
 mod lifecycle;
 mod limits;
 mod locks;
@@ -103,6 +106,9 @@ fn main() -> ExitCode {
         oci::trials(),
         operator::trials(),
         broker::trials(),
+        learn::trials(),
+        learn_bounds::trials(),
+        learn_hostile::trials(),
         items::trials(),
         errors::trials(),
         sandbox::trials(),

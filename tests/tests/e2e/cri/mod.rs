@@ -8,6 +8,7 @@
 mod client;
 mod config;
 mod guard;
+mod learn;
 mod life;
 mod limits;
 mod network;
@@ -81,6 +82,7 @@ fn open(generation: Generation) -> Result<Cri, Stop> {
 pub fn trials() -> Vec<Trial> {
     let shared = [
         guard::TESTS,
+        learn::TESTS,
         life::TESTS,
         limits::TESTS,
         network::TESTS,
