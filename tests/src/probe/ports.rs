@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 
-use rustix::net::{AddressFamily, SendFlags, SocketType, bind, connect, sendto, socket};
+use rustix::net::{AddressFamily, SendFlags, SocketType, bind, connect, ipproto, sendto, socket};
 
 /// `MSG_FASTOPEN`: connects with the first packet.
 const FASTOPEN: SendFlags = SendFlags::from_bits_retain(0x2000_0000);
@@ -24,8 +24,13 @@ fn one(how: &str, address: &SocketAddr) -> io::Result<rustix::io::Result<()>> {
         SocketAddr::V4(_) => AddressFamily::INET,
         SocketAddr::V6(_) => AddressFamily::INET6,
     };
-    let socket = socket(family, SocketType::STREAM, None)?;
+    let protocol = (how == "mptcp").then_some(ipproto::MPTCP);
+    let socket = match socket(family, SocketType::STREAM, protocol) {
+        Ok(socket) => socket,
+        Err(error) => return Ok(Err(error)),
+    };
     match how {
+        "mptcp" => Ok(connect(&socket, address)),
         "connect" => Ok(connect(&socket, address)),
         "bind" => Ok(bind(&socket, address)),
         "fastopen" => Ok(sendto(&socket, b"x", FASTOPEN, address).map(|_| ())),

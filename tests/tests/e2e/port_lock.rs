@@ -24,6 +24,7 @@ crate::trials![
     port_lock_holds_the_older_way,
     port_lock_of_a_pod_is_its_containers,
     port_lock_is_off_unless_loopback_is_named,
+    port_lock_has_no_way_past_it,
 ];
 
 const EGRESS: &str = "192.0.2.0/24:8001/tcp, 192.0.2.0/24:9000/udp, loopback:8002";
@@ -53,6 +54,7 @@ const ATTEMPTS: [(&str, i32); 14] = [
 ];
 const EACCES: i32 = 13;
 const EOPNOTSUPP: i32 = 95;
+const ENOPROTOOPT: i32 = 92;
 
 /// Needs Linux 6.7.
 fn landlock_has_ports() -> Outcome {
@@ -210,4 +212,37 @@ fn port_lock_is_off_unless_loopback_is_named() -> Outcome {
     ensure_eq!(all["connect:127.0.0.1:8002"], 0, "8002");
     ensure_eq!(all["bind:[::]:8014"], 0, "listening");
     Ok(task.finish()?)
+}
+
+/// Kinds of TCP that Landlock doesn't look at, in the profile that has all of them: not
+/// where there is a lock, but where there is none.
+fn port_lock_has_no_way_past_it() -> Outcome {
+    landlock_has_ports()?;
+    let past = |name: &str, egress: &str| -> Result<String, Stop> {
+        let mut task = Task::new(name, &["/bin/probe", "sleep"])?;
+        annotate(&mut task.spec, "casemate.io/egress", egress);
+        configure(&mut task, "profile = \"compat\"\n")?;
+        task.boot()?;
+        task.create()?;
+        task.rpc()?.start(&task.id)?;
+        let _listeners = listeners(init(&task)?)?;
+        let ways = ["fastopen:127.0.0.1:8003", "mptcp:127.0.0.1:8003"];
+        let text = say(&task, "e", &[&["/bin/probe", "ports"], &ways[..]].concat())?;
+        task.finish()?;
+        Ok(text)
+    };
+    let free = past("portways", "loopback:*")?;
+    ensure!(free.contains("fastopen:127.0.0.1:8003 0\n"), "{free}");
+    // Where this kernel has it.
+    let has_mptcp = free.contains("mptcp:127.0.0.1:8003 0\n");
+    let held = past("portways", "loopback:8002")?;
+    ensure!(
+        held.contains(&format!("fastopen:127.0.0.1:8003 {EOPNOTSUPP}\n")),
+        "{held}"
+    );
+    ensure!(
+        held.contains(&format!("mptcp:127.0.0.1:8003 {ENOPROTOOPT}\n")) || !has_mptcp,
+        "{held}"
+    );
+    Ok(())
 }
