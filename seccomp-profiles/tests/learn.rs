@@ -88,7 +88,7 @@ fn the_least_profile_allows_what_was_seen_and_little_else() {
     assert_eq!(ask("setsockopt", [3, 6, 9, 0, 0, 0]), Action::Allow);
     assert_eq!(ask("setsockopt", [3, 6, 2, 0, 0, 0]), Action::Errno(92));
     assert_eq!(ask("setsockopt", [3, 1, 9, 0, 0, 0]), Action::Errno(92));
-    assert_eq!(ask("inotify_init1", [0; 6]), Action::Errno(38));
+    assert_eq!(ask("inotify_init", [0; 6]), Action::Errno(38));
     assert_eq!(ask("mount", [0; 6]), Action::Errno(1));
     assert_eq!(ask("clone", [0x1000_0011, 0, 0, 0, 0, 0]), Action::Errno(1));
     assert!(check(&least, &server()).unwrap().is_empty());
@@ -105,7 +105,7 @@ fn what_the_node_refuses_stays_refused() {
     seen.add(nr("mount"), &[0; 6]);
     seen.add(nr("seccomp"), &[1, 8, 0, 0, 0, 0]);
     seen.add(nr("socket"), &[38, 5, 0, 0, 0, 0]);
-    seen.add(nr("inotify_init1"), &[0; 6]);
+    seen.add(nr("inotify_init"), &[0; 6]);
     for (name, denied) in [("default", 3), ("strict", 4), ("compat", 3)] {
         let node = shipped(name).unwrap();
         let least = minimal("least", &seen, &node);
@@ -140,7 +140,7 @@ fn a_difference_is_a_line() {
         .map(ToString::to_string)
         .collect();
     for line in [
-        "+ inotify_init1: allow, was errno(ENOSYS)",
+        "+ inotify_init: allow, was errno(ENOSYS)",
         "+ socket(family 2, type 2, protocol 1): allow, was errno(EPROTONOSUPPORT)",
         "+ setsockopt(level 6, option 13): allow, was errno(ENOPROTOOPT)",
         "~ mlockall: allow, was errno(EPERM)",

@@ -1,5 +1,6 @@
 # what: apt-get update and install, from a repository of files, with a package's scripts; then purge
-# fails with strict: dpkg-deb makes archives with creat(2), and dpkg asks for more that strict leaves out (links, sync)
+# fails with strict: apt asks for saved ids (getresuid) and writes its caches by msync, which strict leaves out: packages belong into the image
+# shown with strict: Could not get saved set-user-ID
 # packages: apt dpkg
 # set: some
 mkdir -p /repo p/DEBIAN p/usr/bin; printf '#!/bin/sh\necho hello\n' >p/usr/bin/greet; chmod 755 p/usr/bin/greet

@@ -1,5 +1,6 @@
 # what: OpenJDK: compiles its source with its own compiler, threads, garbage collectors, files, sockets, processes
-# fails with strict: WatchService watches files by inotify, which strict leaves out
+# fails with strict: WatchService watches files by inotify_init, the old spelling, which strict leaves out; what is before it in the script works
+# shown with strict: java.io.IOException: Function not implemented
 # packages: openjdk-17-jdk-headless
 cat >T.java <<'END'
 import java.net.*; import java.nio.file.*; import java.util.*; import java.util.concurrent.*; import java.util.stream.*; import java.io.*;

@@ -1,5 +1,4 @@
 # what: hard links, within a directory and into another one
-# fails with strict: link and linkat are left out
 # packages: coreutils
 # set: some
 mkdir d

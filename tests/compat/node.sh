@@ -1,5 +1,4 @@
 # what: node: http server and client, worker threads, child processes, file watching, streams, WebAssembly, crypto
-# fails with strict: fs.watch watches files by inotify, which strict leaves out
 # packages: nodejs
 cat >t.js <<'END'
 const http = require('http'), fs = require('fs'), cp = require('child_process'), zlib = require('zlib'), crypto = require('crypto');

@@ -1,5 +1,6 @@
 # what: PostgreSQL: initdb, start, pgbench with four clients, a backup, stop
-# fails with strict: PostgreSQL wants System V shared memory (shmget), which strict leaves out with the other kinds of kernel IPC
+# fails with strict: setpriv asks with capget(2), and PostgreSQL wants shared memory of System V; strict leaves out both
+# shown with strict: setpriv: activate capabilities: Function not implemented
 # packages: postgresql-15 postgresql-client-15 util-linux
 export PATH=$PATH:/usr/lib/postgresql/15/bin LC_ALL=C.UTF-8
 mkdir -p pg

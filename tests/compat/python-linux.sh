@@ -1,5 +1,6 @@
 # what: python3, what Linux alone has: memfd, eventfd, pidfd, a child with another user
-# fails with strict: memfd_create, eventfd and setreuid are left out
+# fails with strict: memfd_create, pidfd_open and setreuid are left out
+# shown with strict: Function not implemented
 # packages: python3
 # set: some
 cat >t.py <<'END'

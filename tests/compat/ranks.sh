@@ -1,5 +1,6 @@
 # what: nice, ionice, chrt and taskset: processes that rank themselves lower
-# fails with strict: ioprio_set and the policies of sched_setscheduler are left to the node
+# fails with strict: getpriority, ioprio_set and the policies of sched_setscheduler are left to the node
+# shown with strict: cannot get niceness
 # packages: util-linux coreutils
 # set: some
 nice -n 5 true

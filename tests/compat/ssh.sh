@@ -1,5 +1,6 @@
 # what: ssh: keys are made, sshd lets its user in, a command runs with a terminal, scp copies
 # fails with strict: sshd separates its privileges by chroot(2), and strict has no nested roots
+# shown with strict: chroot("/run/sshd"): Operation not permitted
 # packages: openssh-server openssh-client
 # set: some
 mkdir -p /run/sshd /root/.ssh; chmod 700 /root /root/.ssh; chmod 755 /run/sshd
