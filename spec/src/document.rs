@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use crate::coverage::{How, coverage};
 use crate::rules::RULES;
+use crate::tightenings::TIGHTENINGS;
 
 const HEAD: &str = "<!-- Written by `make docs-tables`; a test compares it with the code. -->\n\n";
 
@@ -64,6 +65,28 @@ pub fn refusals_page() -> String {
             cell(rule.what),
             cell(rule.why),
             cell(rule.way_out)
+        );
+    }
+    page.push_str(
+        "\n## What is tightened instead\n\n\
+         The container starts, and not with all that was asked for. *Log*: the shim's log says\n\
+         so. Each field that a specification can have is in [oci-coverage.md](oci-coverage.md).\n\n\
+         | Field | What becomes of it | Why | As written with | Log |\n\
+         | --- | --- | --- | --- | --- |\n",
+    );
+    for row in TIGHTENINGS {
+        let _ = writeln!(
+            page,
+            "| `{}` | {} | {} | {} | {} |",
+            row.field,
+            cell(row.what),
+            cell(row.why),
+            if row.way.is_empty() {
+                "–".to_owned()
+            } else {
+                cell(row.way)
+            },
+            if row.told { "yes" } else { "no" }
         );
     }
     page

@@ -35,12 +35,41 @@ pub const DENIED: [&str; 17] = [
     "/opt/containerd",
 ];
 
-/// In one of those, and nobody's secret: shown, to be read.
-const HARMLESS: [&str; 4] = [
-    "/etc/hosts",
-    "/etc/localtime",
-    "/etc/resolv.conf",
-    "/etc/timezone",
+/// In one of those, and nobody's secret: shown, to be read, with all below it. Where
+/// the name is a link, only if it leads to itself or to one of the places beside it,
+/// where the usual programs have it lead: a link elsewhere is somebody's own idea, and
+/// what it leads to may be a secret.
+const HARMLESS: [(&str, &[&str]); 12] = [
+    ("/etc/hosts", &[]),
+    ("/etc/localtime", &["/usr/share/zoneinfo"]),
+    ("/etc/timezone", &["/usr/share/zoneinfo"]),
+    (
+        "/etc/resolv.conf",
+        &[
+            "/run/NetworkManager",
+            "/run/resolvconf",
+            "/run/systemd/resolve",
+        ],
+    ),
+    ("/etc/os-release", &["/usr/lib"]),
+    // Certificates of authorities; keys are beside these directories and not in them.
+    ("/etc/ssl/certs", CERTIFICATES),
+    ("/etc/ssl/cert.pem", CERTIFICATES),
+    ("/etc/ssl/ca-bundle.pem", CERTIFICATES),
+    ("/etc/ca-certificates", CERTIFICATES),
+    ("/etc/pki/ca-trust", CERTIFICATES),
+    ("/etc/pki/tls/certs", CERTIFICATES),
+    ("/etc/pki/tls/cert.pem", CERTIFICATES),
+];
+
+/// Where distributions keep the certificates of authorities.
+const CERTIFICATES: &[&str] = &[
+    "/etc/ssl/certs",
+    "/etc/ca-certificates",
+    "/etc/pki/ca-trust",
+    "/usr/share/ca-certificates",
+    "/usr/share/pki",
+    "/var/lib/ca-certificates",
 ];
 
 /// What the kubelet has for a pod in that pod's directory, as far as containers
@@ -200,7 +229,7 @@ pub struct Lists {
     pub read_only: Vec<Named>,
     /// [`DENIED`], the kubelet's directory, and the daemon's own.
     pub node: Vec<Named>,
-    /// Small files of the node that are shown to be read.
+    /// Files of the node that are nobody's secret, and shown to be read.
     pub harmless: Vec<Named>,
 }
 
@@ -221,7 +250,15 @@ impl Lists {
             deny: list(&config.deny),
             read_only: list(&config.read_only),
             node,
-            harmless: HARMLESS.iter().map(|n| named(n)).collect(),
+            harmless: HARMLESS
+                .iter()
+                .map(|(name, homes)| (named(name), homes))
+                .filter(|(named, homes)| {
+                    let mut homes = homes.iter();
+                    named.path == named.name || homes.any(|home| below(&named.path, home))
+                })
+                .map(|(named, _)| named)
+                .collect(),
         }
     }
 }
@@ -370,7 +407,8 @@ pub fn judge(
         if config.only_allowed {
             return no(&HOST_PATH_NOT_ALLOWED, &source.path);
         }
-        if harmless.iter().any(|(_, p)| place == *p) {
+        // Not where something else is mounted below, which this would show, too.
+        if below.is_empty() && !source.socket && is_in(&harmless) {
             verdict.read_only.push((source.mount, source.path.clone()));
             continue;
         }
@@ -398,6 +436,7 @@ pub fn apply(verdict: &Verdict, specs: &mut [MountSpec]) -> Vec<String> {
         let Some(spec) = specs.get_mut(*mount) else {
             continue;
         };
+        // tightenings::HOST_PATH_READ_ONLY
         if spec.make_read_only() {
             notes.push(format!(
                 "mounts[{mount}].options: {} is read-only, as {because} is (host_paths.read_only)",

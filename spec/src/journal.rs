@@ -3,6 +3,7 @@
 use crate::coverage::{Fields, How};
 use crate::error::Refusal;
 use crate::rules::UNSUPPORTED;
+use crate::tightenings::Tightening;
 
 /// What became of one field.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,13 +71,12 @@ impl Journal {
         }
     }
 
-    pub(crate) fn stricter(&mut self, field: &str, note: &str) {
-        self.mark(field, How::Stricter, note);
-    }
-
-    /// As [`Journal::stricter`], where somebody will miss something.
-    pub(crate) fn warn(&mut self, field: &str, note: &str) {
-        self.stricter(field, note);
-        self.warnings.push(format!("{field}: {note}"));
+    /// A field is changed, as `row` says and, in this case, `note`. There is a
+    /// warning where the row says so.
+    pub(crate) fn tighten(&mut self, row: &Tightening, note: &str) {
+        self.mark(row.field, How::Stricter, note);
+        if row.told {
+            self.warnings.push(format!("{}: {note}", row.field));
+        }
     }
 }

@@ -35,6 +35,7 @@ pub mod schedule;
 pub mod secrets;
 pub mod sysctls;
 pub mod tighten;
+pub mod tightenings;
 pub mod users;
 
 pub use annotations::Annotations;
@@ -56,4 +57,5 @@ pub use resources::tighten_update;
 pub use rules::{RULES, Rule};
 pub use schedule::Schedule;
 pub use tighten::{Context, Namespace, Namespaces, Tightened, tighten};
+pub use tightenings::{TIGHTENINGS, Tightening};
 pub use users::PodUsers;

@@ -17,6 +17,7 @@ use crate::rules::{APPARMOR, ID, PROCESS, SELINUX};
 use crate::schedule::{self, Schedule};
 use crate::secrets;
 use crate::tighten::Tightened;
+use crate::tightenings;
 
 /// A resource limit, see getrlimit(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,8 +130,8 @@ pub fn tighten_process(
             Some(r) if r.hard > theirs.hard => {
                 r.hard = theirs.hard;
                 r.soft = r.soft.min(theirs.hard);
-                journal.stricter(
-                    "process.rlimits[].hard",
+                journal.tighten(
+                    tightenings::EXEC_LIMIT,
                     "a limit is beyond the container's; lowered to it",
                 );
             }
@@ -248,7 +249,7 @@ pub(crate) fn check(
             "beyond the policy, dropped: {}",
             caps::names(dropped).join(", ")
         );
-        journal.warn("process.capabilities", &note);
+        journal.tighten(tightenings::CAPABILITIES, &note);
         for set in [
             "bounding",
             "effective",
@@ -261,8 +262,8 @@ pub(crate) fn check(
     }
     let asked = process.no_new_privileges().unwrap_or(false);
     if force_no_new_privs && !asked {
-        journal.stricter(
-            "process.noNewPrivileges",
+        journal.tighten(
+            tightenings::NO_NEW_PRIVS,
             "set in spite of false: the profile demands it",
         );
     }

@@ -7,6 +7,7 @@ use crate::devices::{self, DEFAULT_DEVICES, DeviceSpec};
 use crate::error::{Refusal, one_line};
 use crate::journal::Journal;
 use crate::rules::{DEVICE, RESOURCES};
+use crate::tightenings;
 
 /// Major number of the pseudo-terminals of devpts.
 const PTS: i64 = 136;
@@ -118,8 +119,8 @@ pub(crate) fn check(
         const FIELD: &str = "linux.resources.devices[].allow";
         if !loud.is_empty() {
             loud.truncate(8);
-            journal.warn(
-                FIELD,
+            journal.tighten(
+                tightenings::DEVICE_RULES,
                 &format!(
                     "no such device in the sandbox, dropped: {}",
                     loud.join(", ")

@@ -7,6 +7,7 @@ use crate::config::Profile;
 use crate::error::{Refusal, one_line};
 use crate::journal::Journal;
 use crate::rules::SCHEDULING;
+use crate::tightenings;
 
 /// `process.scheduler`, `process.ioPriority` and `process.execCPUAffinity`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -157,14 +158,14 @@ impl Schedule {
         // A larger number is less, for classes and their levels too.
         let scheduler = match (self.scheduler, own.scheduler) {
             (Some(asked), Some(has)) if rank(asked) < rank(has) => {
-                journal.stricter("process.scheduler.policy", "lowered to the container's");
+                journal.tighten(tightenings::EXEC_POLICY, "lowered to the container's");
                 Some(has)
             }
             (asked, has) => asked.or(has),
         };
         let io_priority = match (self.io_priority, own.io_priority) {
             (Some(asked), Some(has)) if asked < has => {
-                journal.stricter("process.ioPriority.class", "lowered to the container's");
+                journal.tighten(tightenings::EXEC_IO, "lowered to the container's");
                 Some(has)
             }
             (asked, has) => asked.or(has),

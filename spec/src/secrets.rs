@@ -6,6 +6,7 @@ use crate::journal::Journal;
 use crate::mount::{MountAttrs, MountFlags, MountKind, MountSpec};
 use crate::paths::within;
 use crate::process::ProcessSpec;
+use crate::tightenings;
 
 /// Where the kubelet mounts a pod's token, by both of the directory's names.
 const TOKENS: [&str; 2] = [
@@ -126,8 +127,8 @@ pub(crate) fn no_core_dumps(process: &mut ProcessSpec, secrets: &Secrets, journa
         process.rlimits.retain(|l| l.resource != RLIMIT_CORE);
     }
     if process.rlimits.len() != before {
-        journal.stricter(
-            "process.rlimits[].hard",
+        journal.tighten(
+            tightenings::CORE_LIMIT,
             "no core dumps (secrets.core_dumps in the node's configuration)",
         );
     }

@@ -31,6 +31,7 @@ use crate::rules::{
 use crate::schedule;
 use crate::secrets;
 use crate::sysctls;
+use crate::tightenings::{self, Tightening};
 use crate::users::{self, PodUsers};
 
 /// Facts of the moment that the specification doesn't hold.
@@ -208,14 +209,14 @@ pub fn tighten(
         ));
     }
     if seccomp.is_some() {
-        journal.stricter(
-            "linux.seccomp",
+        journal.tighten(
+            tightenings::SECCOMP,
             "intersected with the sandbox's own profile",
         );
     }
     if !names(linux, LinuxNamespaceType::Uts) {
-        journal.stricter(
-            "linux.namespaces[].type",
+        journal.tighten(
+            tightenings::UTS,
             "a uts namespace is made though none is asked for",
         );
     }
@@ -248,11 +249,11 @@ pub fn tighten(
     for (i, mount) in spec.mounts().iter().flatten().enumerate() {
         let (mut mount, notes) = mount::check(mount, i, force, users.as_ref())?;
         for note in notes {
-            journal.warn("mounts[].options", &note);
+            journal.tighten(tightenings::MOUNT_OPTIONS, &note);
         }
         let withheld = secrets::apply(&mut mount, &config.secrets, asked.withhold_token);
         if let Some(note) = withheld {
-            journal.stricter("mounts[].source", &note);
+            journal.tighten(tightenings::TOKEN, &note);
         }
         mounts.push(mount);
     }
@@ -273,13 +274,13 @@ pub fn tighten(
     };
 
     let masked_paths = path_list(
-        "linux.maskedPaths",
+        [tightenings::MASKED_ANYWAY, tightenings::MASKED],
         linux.masked_paths().as_deref(),
         &MASKED,
         &mut journal,
     )?;
     let readonly_paths = path_list(
-        "linux.readonlyPaths",
+        [tightenings::READ_ONLY_ANYWAY, tightenings::READ_ONLY],
         linux.readonly_paths().as_deref(),
         &READONLY,
         &mut journal,
@@ -430,11 +431,12 @@ fn personality(linux: &Linux) -> Result<(), Refusal> {
 }
 
 fn path_list(
-    field: &str,
+    [anyway, added]: [&Tightening; 2],
     written: Option<&[String]>,
     always: &[&str],
     journal: &mut Journal,
 ) -> Result<Vec<String>, Refusal> {
+    let field = added.field;
     let mut paths: Vec<String> = Vec::new();
     for (i, path) in written.unwrap_or_default().iter().enumerate() {
         match plain_absolute(path) {
@@ -462,12 +464,12 @@ fn path_list(
         .filter(|a| !paths.iter().any(|p| p == a))
         .collect();
     if paths.is_empty() {
-        journal.warn(
-            field,
+        journal.tighten(
+            anyway,
             "empty in the specification; the usual paths are covered all the same",
         );
     } else if !missing.is_empty() {
-        journal.stricter(field, &format!("added {}", missing.join(", ")));
+        journal.tighten(added, &format!("added {}", missing.join(", ")));
     }
     paths.extend(missing.into_iter().map(str::to_owned));
     Ok(paths)

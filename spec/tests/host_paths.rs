@@ -179,8 +179,61 @@ fn the_configuration_allows_denies_and_shows_read_only() {
         "/var/log/pods/x",
         "/etc/hosts",
         "/etc/localtime",
+        "/etc/ssl/certs",
+        "/etc/ssl/certs/ca-certificates.crt",
+        "/etc/pki/ca-trust/extracted",
+        "/etc/pki/tls/certs",
     ] {
         assert_eq!(rule(path, &HostPaths::default()), "read-only", "{path}");
+    }
+    // What is beside them, or has them in it.
+    for path in [
+        "/etc/ssl",
+        "/etc/ssl/private",
+        "/etc/ssl/certsx",
+        "/etc/pki",
+        "/etc/pki/tls",
+        "/etc/pki/tls/private",
+        "/etc/localtime2",
+    ] {
+        assert_eq!(rule(path, &HostPaths::default()), "host-path", "{path}");
+    }
+    let deny = node("deny = [\"/etc/ssl/certs\"]");
+    assert_eq!(rule("/etc/ssl/certs/x.pem", &deny), "host-path");
+}
+
+#[test]
+fn a_harmless_name_is_shown_where_it_usually_leads_and_nowhere_else() {
+    let none = HostPaths::default();
+    let with = |link: &'static str, target: &'static str, path: &str| {
+        let lists = Lists::look_up(&none, &[], |name| {
+            if name == link {
+                target.to_owned()
+            } else {
+                resolve(name)
+            }
+        });
+        let mounts = Mounts::parse(MOUNTS);
+        judge(&[source(path)], &spec(), (&none, &lists), &mounts).map(|v| v.read_only.len())
+    };
+    for (link, target) in [
+        ("/etc/localtime", "/usr/share/zoneinfo/Europe/Berlin"),
+        ("/etc/resolv.conf", "/run/systemd/resolve/stub-resolv.conf"),
+        ("/etc/ssl/certs", "/etc/pki/ca-trust/extracted/pem"),
+        ("/etc/os-release", "/usr/lib/os-release"),
+    ] {
+        assert_eq!(with(link, target, target).unwrap(), 1, "{link} to {target}");
+    }
+    // The node's root may have it lead anywhere; that makes no secret public.
+    for (link, target) in [
+        ("/etc/localtime", "/etc/shadow"),
+        ("/etc/localtime", "/root/zone"),
+        ("/etc/ssl/certs", "/etc"),
+        ("/etc/ssl/certs", "/etc/ssl/private"),
+        ("/etc/resolv.conf", "/run/containerd/containerd.sock"),
+    ] {
+        let refusal = with(link, target, target).unwrap_err();
+        assert_eq!(refusal.rule, "host-path", "{link} to {target}");
     }
 }
 
