@@ -19,11 +19,12 @@ Examples:
   casemate why 3f2a              by the beginning of its id
   casemate why --json POD        everything, as one JSON object
 
-What is counted are calls that the pod's profile refuses, and packets that the
-guard of its network refused within the last hour. Calls that a filter of
-the specification's own refuses (securityContext.seccompProfile), or that fail
-for want of a capability or by Landlock, are the kernel's to answer, and aren't
-seen here. Nor are those of a container that is learned from.";
+What is counted are calls that the pod's profile refuses, or a filter of the
+specification's own (securityContext.seccompProfile), of the latter not those few
+that every start of a process needs; and packets that the guard of its network
+refused within the last hour. Calls that fail for want of a capability or by
+Landlock are the kernel's to answer, and aren't seen here. Nor are
+those of a container that is learned from.";
 
 /// Of which pod, and how.
 #[derive(Debug, Args)]
@@ -102,7 +103,16 @@ fn explain(said: &Value, refusals: &[Value], packets: String) -> String {
                  annotations.allow of config.toml has \"profile\"; or profile = \"{profile}\" there, \
                  for the whole node"
             ),
+            None if of("rule") == "specification" => {
+                "another securityContext.seccompProfile".to_owned()
+            }
             None => "no profile lets it pass".to_owned(),
+        };
+        let way = match denial["own"].as_bool() {
+            Some(true) if of("rule") != "specification" => {
+                format!("{way}; but the pod's own filter (seccompProfile) refuses it, too")
+            }
+            _ => way,
         };
         let _infallible = writeln!(
             text,
@@ -160,6 +170,21 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is not in {text}");
         }
+        let own = json!({
+            "container": "c", "syscall": "mkdir", "class": "", "count": 1, "own": true,
+            "errno": "EPERM", "rule": "specification", "reason": "the filter", "allowed_by": null,
+        });
+        let text = explain(&json!({ "denials": [own] }), &[], String::new());
+        assert!(
+            text.contains("allow  another securityContext.seccompProfile\n"),
+            "{text}"
+        );
+        let both = json!({
+            "container": "c", "syscall": "chroot", "class": "", "count": 1, "own": true,
+            "errno": "EPERM", "rule": "strict/refused/1", "reason": "x", "allowed_by": "default",
+        });
+        let text = explain(&json!({ "denials": [both] }), &[], String::new());
+        assert!(text.contains("profile default lets it pass") && text.contains("refuses it, too"));
         assert_eq!(
             explain(&json!({}), &[], String::new()),
             "nothing was refused\n"

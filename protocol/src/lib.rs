@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use transport::{Channel, TransportError, read_plan, seal_plan};
 
 /// Version of these messages; a shim also speaks to agents one version back.
-pub const VERSION: u16 = 9;
+pub const VERSION: u16 = 10;
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 4096;
 /// The largest plan that a memfd may hold, in bytes.
@@ -175,6 +175,9 @@ pub enum FromAgent {
 pub struct Denial {
     /// Number of the rule; `u16::MAX` where none was found.
     pub rule: u16,
+    /// The error of the specification's own filter, where that refuses it, too or
+    /// alone.
+    pub own: Option<u16>,
     /// Number of the call.
     pub nr: u32,
     /// The arguments that [`plan::BrokerPlan::classes`] chooses, low halves.

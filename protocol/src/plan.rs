@@ -61,7 +61,8 @@ pub struct LaunchPlan {
     /// The network isn't the pod's own: keep abstract sockets to the container, with
     /// Landlock.
     pub shares_network: bool,
-    /// The same filter, with refusals that are asked of a listener; empty: none are.
+    /// In its place a filter that asks a listener about what it refuses, and about
+    /// what the specification's own filter does; empty: none asks.
     pub asks: Vec<u8>,
     /// Ports, from the first to the last, that TCP connects to, by Landlock's rules
     /// for ports (ABI 4); `None`: all.
@@ -99,6 +100,9 @@ pub struct BrokerPlan {
     pub errnos: Vec<u16>,
     /// Calls of which some arguments are told, and which: a bit for each.
     pub classes: Vec<(u32, u8)>,
+    /// The specification's own filter (`struct sock_filter` array), whose errors go
+    /// before those of the rules; empty: it has none. Interpreted like `program`.
+    pub own: Vec<u8>,
 }
 
 /// How the first process of the pod's pid namespace locks itself.

@@ -32,6 +32,7 @@ pub mod program;
 pub mod recording;
 pub mod reference;
 mod shipped;
+pub mod stack;
 pub mod surface;
 pub mod table;
 

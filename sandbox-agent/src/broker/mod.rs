@@ -43,6 +43,8 @@ struct Container {
     listeners: Vec<OwnedFd>,
     plan: BrokerPlan,
     rules: Rules,
+    /// The specification's own filter.
+    own: Rules,
     sorts: Vec<Sort>,
     last_report: Option<Instant>,
     firsts_left: u32,
@@ -65,6 +67,7 @@ impl Broker {
             number,
             listeners,
             rules: Rules::new(&std::mem::take(&mut plan.program)),
+            own: Rules::new(&std::mem::take(&mut plan.own)),
             plan,
             sorts: Vec::new(),
             last_report: None,
@@ -140,13 +143,16 @@ impl Container {
             let rule = self.rules.of(&question);
             let errno = rule.and_then(|rule| self.plan.errnos.get(usize::from(rule)));
             let errno = errno.copied().filter(|errno| *errno != 0).unwrap_or(EPERM);
+            // Of two filters that refuse, the newest one's error counts (seccomp(2)).
+            let own = self.own.errno_of(&question);
+            let errno = own.unwrap_or(errno);
             // It may be gone by now: then there is nobody to answer.
             let _gone = notify::refuse(fd, question.id, errno);
-            self.count(&question, rule.unwrap_or(u16::MAX));
+            self.count(&question, rule.unwrap_or(u16::MAX), own);
         }
     }
 
-    fn count(&mut self, question: &Question, rule: u16) {
+    fn count(&mut self, question: &Question, rule: u16, own: Option<u16>) {
         let nr = question.nr;
         let classes = &self.plan.classes;
         let mask = classes.iter().find(|(known, _)| *known == nr);
@@ -158,7 +164,8 @@ impl Container {
         }
         let is_same = |sort: &&mut Sort| {
             let known = &sort.denial;
-            (known.rule, known.nr, known.args, known.others) == (rule, nr, args, false)
+            (known.rule, known.own, known.nr) == (rule, own, nr)
+                && (known.args, known.others) == (args, false)
         };
         if let Some(sort) = self.sorts.iter_mut().find(is_same) {
             sort.denial.count = sort.denial.count.saturating_add(1);
@@ -168,6 +175,7 @@ impl Container {
             self.sorts.push(Sort {
                 denial: Denial {
                     rule,
+                    own,
                     nr,
                     args,
                     others: false,
@@ -185,6 +193,7 @@ impl Container {
         self.sorts.push(Sort {
             denial: Denial {
                 rule,
+                own,
                 nr,
                 args: [0; 3],
                 others: true,

@@ -6,6 +6,8 @@ use casemate_sys::notify::Question;
 
 /// `SECCOMP_RET_TRACE`: the verdict that carries a rule's number.
 const RULE: u32 = 0x7ff0_0000;
+/// `SECCOMP_RET_ERRNO`.
+const ERRNO: u32 = 0x0005_0000;
 const ACTION: u32 = 0xffff_0000;
 
 /// The program, instruction by instruction: code, jt, jf, k.
@@ -24,6 +26,16 @@ impl Rules {
 
     /// The rule; `None` where the program has no answer.
     pub fn of(&self, question: &Question) -> Option<u16> {
+        self.verdict(question, RULE)
+    }
+
+    /// The error of a filter; `None` where it answers something else.
+    pub fn errno_of(&self, question: &Question) -> Option<u16> {
+        self.verdict(question, ERRNO)
+    }
+
+    /// What a verdict of this action carries.
+    fn verdict(&self, question: &Question, action: u32) -> Option<u16> {
         let mut acc = 0;
         let mut at = 0usize;
         // Jumps only go forward: it ends.
@@ -38,7 +50,7 @@ impl Rules {
                 0x15 => at += to(acc == k),
                 0x25 => at += to(acc > k),
                 0x35 => at += to(acc >= k),
-                0x06 if k & ACTION == RULE => return Some((k & 0xffff) as u16),
+                0x06 if k & ACTION == action => return Some((k & 0xffff) as u16),
                 _ => return None,
             }
         }

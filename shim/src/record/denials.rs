@@ -32,12 +32,15 @@ pub struct Container {
     pub profile: String,
     /// What its rules are.
     pub explainer: Explainer,
+    /// The specification has a filter of its own.
+    pub own: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Sort {
     container: u32,
     rule: u16,
+    own: Option<u16>,
     nr: u32,
     args: [u32; 3],
     others: bool,
@@ -65,11 +68,25 @@ fn rule_of(container: &Container, rule: u16) -> Option<&RuleInfo> {
     container.explainer.rules().get(usize::from(rule))
 }
 
-fn errno_of(rule: Option<&RuleInfo>) -> &'static str {
-    match rule.map(|rule| rule.action) {
-        Some(Action::Errno(number)) => errno::name(number).unwrap_or("?"),
-        _ => "EPERM",
+/// What stands for a rule where only the specification's filter refuses.
+const OWN_RULE: &str = "specification";
+const OWN_REASON: &str = "the pod's own filter refuses it (securityContext.seccompProfile, \
+                          linux.seccomp)";
+
+fn rule_id<'a>(sort: &Sort, rule: Option<&'a RuleInfo>) -> Option<&'a str> {
+    match (rule, sort.own) {
+        (Some(rule), _) => Some(&rule.id),
+        (None, Some(_)) => Some(OWN_RULE),
+        (None, None) => None,
     }
+}
+
+fn errno_of(sort: &Sort, rule: Option<&RuleInfo>) -> &'static str {
+    let number = match (sort.own, rule.map(|rule| rule.action)) {
+        (Some(number), _) | (None, Some(Action::Errno(number))) => number,
+        _ => return "EPERM",
+    };
+    errno::name(number).unwrap_or("?")
 }
 
 impl Denials {
@@ -88,6 +105,9 @@ impl Denials {
             if !known && denial.rule != u16::MAX {
                 return Err("a rule that the profile doesn't have");
             }
+            if denial.own.is_some() && !container.own {
+                return Err("what a filter refuses that the container doesn't have");
+            }
             if denial.nr >= NR_MAX {
                 return Err("a call that can't be");
             }
@@ -97,6 +117,7 @@ impl Denials {
             let sort = Sort {
                 container: number,
                 rule: denial.rule,
+                own: denial.own,
                 nr: denial.nr,
                 args: denial.args,
                 others: denial.others,
@@ -159,8 +180,8 @@ fn record(sort: &Sort, count: &Count) -> Record {
         container: count.container.id.clone(),
         syscall: class::syscall(sort.nr),
         class: class_of(sort),
-        rule: rule.map_or_else(|| "none".to_owned(), |rule| rule.id.to_string()),
-        errno: errno_of(rule).to_owned(),
+        rule: rule_id(sort, rule).unwrap_or("none").to_owned(),
+        errno: errno_of(sort, rule).to_owned(),
         count: count.total - count.told,
         total: count.total,
     }
@@ -168,18 +189,23 @@ fn record(sort: &Sort, count: &Count) -> Record {
 
 fn told(sort: &Sort, count: &Count) -> Value {
     let rule = rule_of(&count.container, sort.rule);
+    let reason = rule.map(|rule| &*rule.reason);
     json!({
         "container": count.container.id,
         "profile": count.container.profile,
         "syscall": class::syscall(sort.nr),
         "class": class_of(sort),
-        "rule": rule.map(|rule| &rule.id),
-        "reason": rule.map(|rule| &rule.reason),
-        "errno": errno_of(rule),
+        "rule": rule_id(sort, rule),
+        "reason": reason.or(sort.own.map(|_| OWN_REASON)),
+        "own": sort.own.is_some(),
+        "errno": errno_of(sort, rule),
         "count": count.total,
         "first": crate::log::rfc3339(count.first),
         "last": crate::log::rfc3339(count.last),
-        "allowed_by": if sort.others { None } else { allowed_by(sort, &count.container.profile) },
+        "allowed_by": match sort.others || rule.is_none() {
+            true => None,
+            false => allowed_by(sort, &count.container.profile),
+        },
     })
 }
 
@@ -203,6 +229,7 @@ mod tests {
             id: "c".into(),
             profile: profile.into(),
             explainer: shipped_explainer(profile).unwrap(),
+            own: false,
         })
     }
 
@@ -214,6 +241,7 @@ mod tests {
         let rule = explainer.rules().iter().position(|r| r.id == found.id);
         Denial {
             rule: rule.unwrap() as u16,
+            own: None,
             nr,
             args,
             others: false,
@@ -252,6 +280,10 @@ mod tests {
                 ..honest
             },
             Denial { count: 0, ..honest },
+            Denial {
+                own: Some(1),
+                ..honest
+            },
             Denial {
                 count: u64::MAX,
                 ..honest

@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use casemate_protocol::plan::BrokerPlan;
 use casemate_protocol::{Channel, FromAgent, ToAgent, TransportError, seal_plan};
-use seccomp_profiles::{Action, Form, shipped_explainer, shipped_program_as};
+use casemate_spec::Tightened;
+use seccomp_profiles::stack::stack;
+use seccomp_profiles::{Action, Form, Program, shipped_explainer, shipped_program_as};
 use tokio::io::Interest;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -19,9 +21,12 @@ use super::SandboxError;
 use super::watch::{LOOK_EACH, Line, Who, guard, is_listener};
 use crate::host::Step;
 use crate::host::agent::Agent;
+use crate::plan;
 use crate::record::denials::Container;
 use crate::record::{Record, Records, class};
 
+/// Plans kept, for containers that are yet to come.
+const PLANS: usize = 16;
 /// Messages taken of an agent in a second; the rest waits with it.
 const MESSAGES: u32 = 64;
 
@@ -36,22 +41,60 @@ pub struct Broker {
 struct Book {
     next: u32,
     containers: BTreeMap<u32, Arc<Container>>,
-    /// Plans by name of the profile, as containers of a pod mostly share one.
-    plans: BTreeMap<String, OwnedFd>,
+    /// Plans by name of the profile and filter of the specification, as containers
+    /// of a pod mostly share one.
+    plans: BTreeMap<(String, String), OwnedFd>,
 }
 
 fn lock(book: &Mutex<Book>) -> MutexGuard<'_, Book> {
     book.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The filter of a profile that asks a listener.
-pub fn filter(profile: &str) -> Result<Vec<u8>, SandboxError> {
-    shipped_program_as(profile, Form::Notify)
-        .map(<[u8]>::to_vec)
-        .ok_or_else(|| SandboxError::Failed(format!("profile \"{profile}\" isn't in this binary")))
+/// The filters of a container, beside its profile's plain one.
+#[derive(Debug, Clone, Default)]
+pub struct Filters {
+    /// In place of the profile's, for the forker and so for all of the container:
+    /// asks a listener. Empty: there is no broker.
+    pub asks: Vec<u8>,
+    /// The specification's with flags of seccomp(2), for each process; empty: none.
+    pub own: (Vec<u8>, u32),
+    /// As the specification has it.
+    pub written: Vec<u8>,
 }
 
-fn plan(container: &Container) -> Result<OwnedFd, SandboxError> {
+impl Filters {
+    /// Of a profile, and the specification's filter, which with a broker leaves it
+    /// to the listener to refuse what either of the two does. (Where that is too
+    /// large a program it refuses by itself, and is not heard of.)
+    pub fn of(spec: &Tightened, broker: bool) -> Result<Filters, SandboxError> {
+        let profile = &spec.effective.profile_name;
+        let (written, flags) = plan::filter(spec.seccomp.as_ref(), spec.effective.learn)?;
+        let mut filters = Filters {
+            asks: Vec::new(),
+            own: (written.clone(), flags),
+            written,
+        };
+        // A container that is learned from has its listener for that.
+        if !broker || spec.effective.learn {
+            return Ok(filters);
+        }
+        let asks = shipped_program_as(profile, Form::Notify).ok_or_else(|| {
+            SandboxError::Failed(format!("profile \"{profile}\" isn't in this binary"))
+        })?;
+        filters.asks = asks.to_vec();
+        if let Some(asks) = Program::from_bytes(asks)
+            && let Some(own) = Program::from_bytes(&filters.written)
+            && !filters.written.is_empty()
+            && let Ok(stacked) = stack(&asks, &own)
+        {
+            filters.asks = stacked.asks.to_bytes();
+            filters.own.0 = stacked.own.to_bytes();
+        }
+        Ok(filters)
+    }
+}
+
+fn broker_plan(container: &Container, own: &[u8]) -> Result<OwnedFd, SandboxError> {
     let name = &container.profile;
     let program = shipped_program_as(name, Form::Explain)
         .ok_or_else(|| SandboxError::Failed(format!("profile \"{name}\" isn't in this binary")))?;
@@ -64,6 +107,7 @@ fn plan(container: &Container) -> Result<OwnedFd, SandboxError> {
         program: program.to_vec(),
         errnos: rules.iter().map(|rule| errno(rule.action)).collect(),
         classes: class::masks(),
+        own: own.to_vec(),
     })
     .map_err(|e| SandboxError::Failed(format!("write the broker's plan: {e}")))
 }
@@ -88,11 +132,12 @@ impl Broker {
         })
     }
 
-    /// Hands the listeners of a container's filter to the agent.
+    /// Hands the listeners of a container's filter to the agent; `own` is the
+    /// specification's filter as written.
     pub fn take(
         &self,
         id: &str,
-        profile: &str,
+        (profile, own): (&str, &[u8]),
         listeners: Vec<OwnedFd>,
     ) -> Result<(), SandboxError> {
         for listener in &listeners {
@@ -105,18 +150,24 @@ impl Broker {
             id: id.to_owned(),
             profile: profile.to_owned(),
             explainer,
+            own: !own.is_empty(),
         });
+        let key = (profile.to_owned(), casemate_posture::hash(own));
         let number = {
             let mut book = lock(&self.book);
-            if !book.plans.contains_key(profile) {
-                let plan = plan(&container)?;
-                book.plans.insert(profile.to_owned(), plan);
+            if !book.plans.contains_key(&key) {
+                let plan = broker_plan(&container, own)?;
+                // Few pods have more than a handful of filters.
+                while book.plans.len() >= PLANS {
+                    book.plans.pop_first();
+                }
+                book.plans.insert(key.clone(), plan);
             }
             book.next += 1;
             let number = book.next;
             book.containers.insert(number, container);
             let mut fds = Vec::new();
-            fds.extend(book.plans.get(profile).map(AsFd::as_fd));
+            fds.extend(book.plans.get(&key).map(AsFd::as_fd));
             fds.extend(listeners.iter().map(AsFd::as_fd));
             let message = ToAgent::Broker { container: number };
             let sent = self.line.channel.send_now(&message, &fds);

@@ -14,6 +14,7 @@ use casemate_spec::{Config, HookSpec, Tightened};
 use casemate_sys::{message, process};
 use rustix::fs::{Mode, OFlags};
 
+use super::broker::Filters;
 use super::forker::{Forker, Reply, out_of_turn};
 use super::inherited::{process_plan, set_oom_score};
 use super::learner::{self, Learner};
@@ -23,7 +24,7 @@ use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-use super::{broker, hooks, mounts, namespaces, place, promise, users, verify};
+use super::{hooks, mounts, namespaces, place, promise, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::Step;
 use crate::host::hooks::Runner;
@@ -44,7 +45,7 @@ pub struct Container {
     pub(super) id: String,
     pub(super) spec: Tightened,
     pub(super) config: Config,
-    pub(super) filter: (Vec<u8>, u32),
+    pub(super) filters: Filters,
     forker: Forker,
     pub(super) forker_pid: u32,
     forker_pidfd: OwnedFd,
@@ -115,7 +116,7 @@ pub(super) async fn create(
         || pod.pid_namespaces(),
     )?;
     users::check(spec.users.as_ref(), pod.users.as_ref(), &pod.userns)?;
-    let filter = plan::filter(spec.seccomp.as_ref(), spec.effective.learn)?;
+    let filters = Filters::of(&spec, pod.broker.is_some())?;
     let sources = sources::open(&mut spec, &pod.config.host_paths, &request.bundle)?;
     let directory = {
         let mut next = pod.next.lock().unwrap_or_else(PoisonError::into_inner);
@@ -137,7 +138,7 @@ pub(super) async fn create(
         directory: &directory,
     };
     let place = (&*directory, joined.as_ref(), sources);
-    let launched = launch(pod, &request, &spec, &filter, &cgroup, holder, place).await;
+    let launched = launch(pod, &request, &spec, &filters, &cgroup, holder, place).await;
     let launched = launched.and_then(|(forker, forker_pid, forker_pidfd, spawned, learner)| {
         let init = spawned.pidfd.try_clone().step("copy", "pidfd")?;
         let entry = Entry::Init {
@@ -153,7 +154,7 @@ pub(super) async fn create(
                 id: request.id,
                 spec,
                 config: pod.config.clone(),
-                filter,
+                filters,
                 forker,
                 forker_pid,
                 forker_pidfd,
@@ -197,7 +198,7 @@ async fn launch(
     pod: &Sandbox,
     request: &ContainerRequest,
     spec: &Tightened,
-    filter: &(Vec<u8>, u32),
+    filters: &Filters,
     cgroup: &Cgroup,
     holder: Option<Holder>,
     (directory, joined, sources): (&str, Option<&OwnedFd>, Sources),
@@ -217,9 +218,8 @@ async fn launch(
     // A process has one listener: of what it is refused, or of what it may do.
     if spec.effective.learn {
         plan.learns = learner::filter()?;
-    } else if pod.broker.is_some() {
-        plan.asks = broker::filter(&spec.effective.profile_name)?;
     }
+    plan.asks.clone_from(&filters.asks);
     let sealed = seal_plan(&plan)
         .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
     let (ours, theirs) = message::pair().step("make", "socket pair")?;
@@ -275,7 +275,8 @@ async fn launch(
         let made = Learner::start(pod, &request.id, spec, (&plan.filter, others)).await?;
         learner = Some(made);
     } else if let Some(broker) = &pod.broker {
-        broker.take(&request.id, &spec.effective.profile_name, others)?;
+        let profile = (&*spec.effective.profile_name, &*filters.written);
+        broker.take(&request.id, profile, others)?;
     }
     let forker_pid = verify::child(&forker_pidfd, pod.agent.pid)?.ok_or_else(ended)?;
     // Init inherits from the forker, unless it is there already.
@@ -288,7 +289,7 @@ async fn launch(
         let score = spec.process.oom_score_adj.unwrap_or(0);
         set_oom_score(*pid, score, &pod.config)?;
     }
-    let process = process_plan(&spec.process, filter, &parents)?;
+    let process = process_plan(&spec.process, &filters.own, &parents)?;
     let spawned = spawn(
         (&forker, forker_pid, None),
         INIT_KEY,
@@ -434,7 +435,7 @@ impl Container {
         }
         let pid = hooks::inner_pid(self.init_pid);
         let state = hooks::state(&self.spec, &self.id, &self.bundle, "created", pid);
-        let init = process_plan(&self.spec.process, &self.filter, &[self.forker_pid])?;
+        let init = process_plan(&self.spec.process, &self.filters.own, &[self.forker_pid])?;
         for hook in list {
             let key = self.next_key.fetch_add(1, Ordering::Relaxed);
             let exit = self.hooks.expect(key);
@@ -461,7 +462,7 @@ impl Container {
         for warning in &spec.warnings {
             log::warn!("exec in container {}: {warning}", self.id);
         }
-        let mut plan = process_plan(&spec, &self.filter, &[self.forker_pid])?;
+        let mut plan = process_plan(&spec, &self.filters.own, &[self.forker_pid])?;
         plan.cpus.clone_from(&spec.schedule.exec_cpus);
         plan.drop_bounding = self.spec.process.caps.bounding & !spec.caps.bounding;
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);

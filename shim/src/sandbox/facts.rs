@@ -36,7 +36,7 @@ impl Container {
             "profile": self.spec.effective.profile_name,
             "learning": self.spec.effective.learn,
             "no_new_privs": self.spec.process.no_new_privs,
-            "own_filter": !self.filter.0.is_empty(),
+            "own_filter": !self.filters.own.0.is_empty(),
             "capabilities": casemate_spec::caps::names(caps.bounding),
             "user": format!("{}:{}", self.spec.process.uid, self.spec.process.gid),
             "readonly_root": self.spec.readonly_rootfs,

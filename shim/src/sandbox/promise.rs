@@ -74,18 +74,14 @@ impl Container {
     /// profile's in the form that was installed.
     fn filters(&self) -> Vec<String> {
         let effective = &self.spec.effective;
-        let (mut all, own) = match (effective.learn, self.config.broker.enabled) {
-            (true, _) => (
-                filters(&["agent", "learn"]),
-                plan::program(&effective.profile_name),
-            ),
-            (false, true) => (
-                filters(&["agent"]),
-                super::broker::filter(&effective.profile_name),
-            ),
-            (false, false) => (filters(&["agent"]), plan::program(&effective.profile_name)),
+        let mut all = match effective.learn {
+            true => filters(&["agent", "learn"]),
+            false => filters(&["agent"]),
         };
-        all.extend(own.iter().map(|program| posture::hash(program)));
+        match self.filters.asks.as_slice() {
+            [] => all.extend(filters(&[&effective.profile_name])),
+            asks => all.push(posture::hash(asks)),
+        }
         all
     }
 
@@ -111,7 +107,7 @@ impl Container {
     /// The container's part.
     pub fn promise(&self) -> posture::Container {
         let process = &self.spec.process;
-        let own = !process.no_new_privs && !self.filter.0.is_empty();
+        let own = !process.no_new_privs && !self.filters.own.0.is_empty();
         let kept = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
         posture::Container {
             id: self.id.clone(),

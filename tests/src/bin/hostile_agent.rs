@@ -10,8 +10,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use casemate_protocol::plan::PodPlan;
 use casemate_protocol::{
-    AGENT_SOCKET, Channel, Denial, FromAgent, FromForker, FromLearner, Seen, ToAgent, ToForker,
-    ToLearner,
+    AGENT_SOCKET, Channel, Denial, FromAgent, FromForker, FromLearner, FromPause, Seen, ToAgent,
+    ToForker, ToLearner,
 };
 use casemate_protocol::{VERSION, read_plan};
 use casemate_sys::process::{self, Fork};
@@ -57,7 +57,75 @@ fn run() -> Answer<()> {
         }
         return Ok(());
     }
+    if word.starts_with("pause-") {
+        shim.send(&FromAgent::Ready { version: VERSION }, &[])
+            .map_err(other)?;
+        while let Some((message, fds)) = shim.receive::<ToAgent>(true).map_err(other)? {
+            if let ToAgent::Pause = message {
+                pause(fds, &word)?;
+            }
+        }
+        return Ok(());
+    }
     between(shim, control, fds, &word)
+}
+
+/// What it says as the pause, or makes of one.
+fn pause(mut fds: Vec<OwnedFd>, word: &str) -> Answer<()> {
+    if fds.is_empty() {
+        return Err(other("no channel"));
+    }
+    let raw = fds.remove(0);
+    let channel = Channel::new(raw.try_clone()?);
+    let say = |fds: &[&OwnedFd]| {
+        let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+        channel.send(&FromPause::Ready, &fds).map_err(other)
+    };
+    let own = process::open_pidfd(process::own_pid())?;
+    match word {
+        "pause-garbage" => message::send(&raw, &[0xff; 64], &[]),
+        "pause-oversize" => message::send(&raw, &[0; 20_000], &[]),
+        "pause-close" => Ok(()),
+        "pause-no-descriptor" => say(&[]),
+        "pause-no-pidfd" => say(&[&null()?]),
+        "pause-many-pidfds" => say(&[&own, &own, &own]),
+        "pause-is-the-agent" => say(&[&own]),
+        "pause-long-text" => channel
+            .send(
+                &FromPause::Failed {
+                    text: "\u{1b}[31mline\nanother\r\n".repeat(100),
+                },
+                &[],
+            )
+            .map_err(other),
+        // Never an end of it.
+        "pause-nothing" => {
+            std::mem::forget(raw);
+            std::mem::forget(channel);
+            Ok(())
+        }
+        // From here on there is a child to show: with no lock but the agent's.
+        _ => match process::fork()? {
+            Fork::Child => {
+                drop((raw, channel, fds));
+                loop {
+                    std::thread::sleep(std::time::Duration::from_secs(1));
+                }
+            }
+            Fork::Parent(_, child) => {
+                say(&[&child])?;
+                if word == "pause-ready-for-ever" {
+                    // The shim hangs up: that is an error, and the end.
+                    for _ in 0..10_000 {
+                        if say(&[&child]).is_err() {
+                            break;
+                        }
+                    }
+                }
+                Ok(())
+            }
+        },
+    }
 }
 
 fn wait_for_the_end(shim: &Channel) -> Answer<()> {
@@ -263,6 +331,7 @@ fn relay(shim: Channel, agent: Channel, word: &str) -> Answer<()> {
 fn lie_of_denials(shim: &Channel, container: u32, word: &str) -> Answer<()> {
     let honest = Denial {
         rule: 0,
+        own: None,
         nr: 165,
         args: [0; 3],
         others: false,
@@ -292,6 +361,13 @@ fn lie_of_denials(shim: &Channel, container: u32, word: &str) -> Answer<()> {
             container,
             vec![Denial {
                 count: u64::MAX,
+                ..honest
+            }],
+        ),
+        "denials-of-no-filter" => say(
+            container,
+            vec![Denial {
+                own: Some(1),
                 ..honest
             }],
         ),

@@ -21,6 +21,8 @@ crate::trials![
     broker_counts_by_rule_and_class,
     broker_counts_of_init_the_older_way,
     broker_answers_what_the_filter_would,
+    broker_hears_what_the_specification_refuses,
+    broker_leaves_the_forker_what_the_specification_refuses,
     broker_without_no_new_privs,
     broker_dead_is_a_dead_pod,
     broker_stopped_ends_the_pod_in_time,
@@ -154,6 +156,152 @@ fn broker_answers_what_the_filter_would() -> Outcome {
         let (broker, kernel) = (with(true)?, with(false)?);
         ensure!(broker.lines().count() > 30, "only {broker}");
         ensure_eq!(broker, kernel, "answers under {profile}");
+    }
+    Ok(())
+}
+
+/// Refuses these calls, with EACCES, which no profile answers.
+fn refusing(names: &[&str]) -> Value {
+    json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"], "syscalls": [
+        {"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": 13},
+    ]})
+}
+
+fn broker_hears_what_the_specification_refuses() -> Outcome {
+    casemate_only()?;
+    let with = |enabled: bool| -> Result<(Task, String), Stop> {
+        let task = sleeper("both", |task| {
+            task.spec["linux"]["seccomp"] =
+                refusing(&["mount", "mkdir", "mkdirat", "io_uring_setup", "getppid"]);
+            configure(task, &format!("[broker]\nenabled = {enabled}\n")).map(drop)
+        })?;
+        let said = say(&task, "calls", &["/bin/probe", "calls"])?;
+        Ok((task, said))
+    };
+    let (task, with_broker) = with(true)?;
+    let (other, kernel) = with(false)?;
+    ensure_eq!(with_broker, kernel, "answers with a broker, and without");
+    other.finish()?;
+
+    // By both: the profile's rule and the specification's error.
+    say(&task, "e", &["/bin/probe", "refused", "4", "mount"])?;
+    let mount = counted(&task, "mount", 5)?;
+    ensure_eq!(mount["errno"], "EACCES", "errno");
+    ensure_eq!(mount["own"], true, "whether the specification refuses it");
+    ensure!(
+        mount["rule"]
+            .as_str()
+            .is_some_and(|r| r.starts_with("default/refused/")),
+        "rule of {mount}"
+    );
+    // containerd's default profile, which refuses most of what ours does.
+    let own = crate::probes::default_seccomp()?;
+    let usual = sleeper("usual", |task| {
+        task.spec["linux"]["seccomp"] = own;
+        Ok(())
+    })?;
+    say(
+        &usual,
+        "e",
+        &["/bin/probe", "refused", "4", "mount", "keyctl"],
+    )?;
+    ensure_eq!(counted(&usual, "mount", 4)?["own"], true, "of mount");
+    // ENOSYS by ours alone.
+    ensure_eq!(counted(&usual, "keyctl", 4)?["errno"], "EPERM", "of keyctl");
+    usual.finish()?;
+
+    // By the profile alone.
+    say(&task, "p", &["/bin/probe", "refused", "2", "ptrace"])?;
+    ensure_eq!(counted(&task, "ptrace", 3)?["own"], false, "of ptrace");
+    // By the specification alone.
+    let made = say(&task, "m", &["/bin/sh", "-c", "mkdir /tmp/x 2>&1; echo $?"])?;
+    ensure!(
+        made.contains("Permission denied") && made.ends_with("1\n"),
+        "mkdir: {made:?}"
+    );
+    let mkdir = counted(&task, "mkdir", 1)?;
+    ensure_eq!(mkdir["rule"], "specification", "rule of mkdir");
+    ensure_eq!(mkdir["allowed_by"], Value::Null, "what allows mkdir");
+    let why = casemate(&["why", &task.id])?.ok()?.out();
+    for part in [
+        "1x mkdir -> EACCES",
+        "5x mount -> EACCES",
+        "the pod's own filter refuses it",
+    ] {
+        ensure!(why.contains(part), "{part:?} is not in {why}");
+    }
+    Ok(task.finish()?)
+}
+
+/// A filter that lets a program run, and not much more: nothing of what makes one.
+fn broker_leaves_the_forker_what_the_specification_refuses() -> Outcome {
+    casemate_only()?;
+    let names = [
+        "execve",
+        "brk",
+        "arch_prctl",
+        "mmap",
+        "munmap",
+        "mprotect",
+        "read",
+        "write",
+        "writev",
+        "open",
+        "openat",
+        "close",
+        "fstat",
+        "newfstatat",
+        "lseek",
+        "ioctl",
+        "exit",
+        "exit_group",
+        "set_tid_address",
+        "set_robust_list",
+        "rseq",
+        "prlimit64",
+        "readlink",
+        "readlinkat",
+        "getrandom",
+        "getuid",
+        "getgid",
+        "geteuid",
+        "getegid",
+        "getgroups",
+        "rt_sigaction",
+        "rt_sigprocmask",
+        "rt_sigreturn",
+        "sigaltstack",
+        "nanosleep",
+        "clock_nanosleep",
+        "poll",
+        "futex",
+        "pause",
+        "uname",
+        "getpid",
+        "getcwd",
+        "fcntl",
+        "sched_getaffinity",
+        "statx",
+    ];
+    for older in [false, true] {
+        let task = sleeper("narrow", |task| {
+            task.spec["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 13,
+                "architectures": ["SCMP_ARCH_X86_64"],
+                "syscalls": [{"names": names.as_slice(), "action": "SCMP_ACT_ALLOW"}],
+            });
+            configure(task, &format!("[kernel]\nolder_ways = {older}\n")).map(drop)
+        })?;
+        let said = say(&task, "id", &["/bin/id", "-u"])?;
+        ensure_eq!(said, "0\n", "id");
+        let mut user = Exec::new(&task, "user", &["/bin/id", "-u"])?;
+        user.process["user"] = json!({"uid": 1000, "gid": 1000});
+        let (code, said) = user.run()?;
+        ensure_eq!((code, said.as_str()), (0, "1000\n"), "another user's id");
+        let said = say(&task, "mk", &["/bin/mkdir", "/tmp/x"]).err();
+        ensure!(said.is_some(), "mkdir works");
+        counted(&task, "mkdir", 1)?;
+        task.finish()?;
     }
     Ok(())
 }

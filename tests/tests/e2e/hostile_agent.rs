@@ -29,6 +29,7 @@ crate::trials![
     c141_flood_of_messages_stays_in_its_pod,
     c141_control_an_honest_relay,
     c141_agent_that_lies_of_denials,
+    c141_agent_that_lies_as_the_pause,
 ];
 
 /// The lying agent, with a real one behind its own bytes.
@@ -54,7 +55,10 @@ fn lying(word: &str) -> Result<Task, Stop> {
 
 /// The same, with more in the configuration.
 pub fn lying_under(word: &str, config: &str) -> Result<Task, Stop> {
-    let mut task = Task::new("lies", &["/bin/probe", "sleep"])?;
+    with_lies(word, Task::new("lies", &["/bin/probe", "sleep"])?, config)
+}
+
+fn with_lies(word: &str, mut task: Task, config: &str) -> Result<Task, Stop> {
     let path = program()?;
     configure(
         &mut task,
@@ -143,6 +147,33 @@ fn c141_agent_that_lies_as_a_forker() -> Outcome {
         in_case(word, refused(&mut lying(word)?))?;
     }
     Ok(())
+}
+
+/// CRI's sandbox container, which stands for the pause.
+fn c141_agent_that_lies_as_the_pause() -> Outcome {
+    casemate_only()?;
+    for word in [
+        "pause-garbage",
+        "pause-oversize",
+        "pause-close",
+        "pause-no-descriptor",
+        "pause-no-pidfd",
+        "pause-many-pidfds",
+        "pause-is-the-agent",
+        "pause-long-text",
+        "pause-nothing",
+        "pause-unlocked",
+        "pause-ready-for-ever",
+    ] {
+        let pause = casemate_tests::pod::pause("pauselies")?;
+        in_case(word, refused(&mut with_lies(word, pause, "")?))?;
+    }
+    // Control: behind an honest relay it is made.
+    let mut pause = with_lies("honest", casemate_tests::pod::pause("pausehonest")?, "")?;
+    pause.boot()?;
+    pause.create()?;
+    pause.rpc()?.start(&pause.id)?;
+    Ok(pause.finish()?)
 }
 
 /// A running container behind a lying relay.
@@ -307,6 +338,7 @@ fn c141_agent_that_lies_of_denials() -> Outcome {
         ("denials-of-no-rule", true),
         ("denials-of-no-call", true),
         ("denials-too-many", true),
+        ("denials-of-no-filter", true),
         ("denials-that-never-end", false),
     ] {
         let check = || -> Outcome {
