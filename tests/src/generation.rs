@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::daemon::{CONFIG_VARIABLE, Daemon, LEARNED, NODE_CONFIG};
 use crate::error::{Result, file};
 use crate::run::run;
+use crate::world::set_mode;
 
 /// Environment variable that names the directory of `scripts/daemons.sh`.
 pub const DAEMONS_VARIABLE: &str = "CASEMATE_TEST_DAEMONS";
@@ -90,6 +91,7 @@ impl Generation {
             Self::V2_1 | Self::V2_3 => version_3(dir, shim),
         };
         by_api(dir)?;
+        without_terminals(dir, shim)?;
         Daemon::configured(dir, &format!("{own}{path}"), &config, Some(netns.path()))
     }
 }
@@ -141,6 +143,23 @@ fn by_api(dir: &Path) -> Result<()> {
         place.display()
     );
     fs::write(&learn, text).map_err(file("write", &learn))
+}
+
+/// The runtime class whose shims allow no execs with a terminal.
+pub const NO_TERMINALS: &str = "casemate-no-terminals";
+
+/// A program for it: the shim with a configuration of its own.
+fn without_terminals(dir: &Path, shim: &Path) -> Result<()> {
+    let config = dir.join("no-terminals.toml");
+    fs::write(&config, "[exec]\nterminal = false\n").map_err(file("write", &config))?;
+    let program = dir.join(NO_TERMINALS);
+    let script = format!(
+        "#!/bin/sh\nexport {CONFIG_VARIABLE}='{}'\nexec '{}' \"$@\"\n",
+        config.display(),
+        shim.display()
+    );
+    fs::write(&program, script).map_err(file("write", &program))?;
+    set_mode(&program, 0o755)
 }
 
 /// One bridge, addresses from `subnet`, no masquerading, so no iptables.
@@ -213,6 +232,9 @@ fn version_2(dir: &Path, shim: &Path) -> String {
       runtime_type = "io.containerd.runc.v2"
       runtime_path = "{shim}"
       pod_annotations = ["casemate.io/*"]
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{NO_TERMINALS}]
+      runtime_type = "io.containerd.runc.v2"
+      runtime_path = "{shown}/{NO_TERMINALS}"
 "#
     )
 }
@@ -251,6 +273,9 @@ fn version_3(dir: &Path, shim: &Path) -> String {
       runtime_type = "io.containerd.runc.v2"
       runtime_path = "{shim}"
       pod_annotations = ["casemate.io/*"]
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{NO_TERMINALS}]
+      runtime_type = "io.containerd.runc.v2"
+      runtime_path = "{shown}/{NO_TERMINALS}"
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{BY_API}]
       runtime_type = "io.containerd.casemate.v2"
       sandboxer = "shim"

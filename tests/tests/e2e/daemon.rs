@@ -18,6 +18,7 @@ crate::trials![
     c041_exit_codes_through_containerd,
     c109_containerd_restarts,
     c113_nothing_is_left,
+    ctr_exec_follows_the_rules,
     ctr_stdin_reaches_the_container,
     ctr_missing_program,
     ctr_bad_cwd,
@@ -154,6 +155,90 @@ fn c109_containerd_restarts() -> Outcome {
     })?;
     ctr.run(&["container", "delete", &id], LONG)?.ok()?;
     expect_clean(&id)
+}
+
+/// `ctr task exec`, in containers that deny and that record execs.
+fn ctr_exec_follows_the_rules() -> Outcome {
+    crate::common::casemate_only()?;
+    let _hold = hold()?;
+    let (world, ctr) = (World::get()?, ctr()?);
+    let with = |policy: &str, check: &dyn Fn(&str) -> Outcome| -> Outcome {
+        let id = world.id(&format!("ctrexec{policy}"));
+        let annotation = format!("casemate.io/exec={policy}");
+        let flags = [
+            "run",
+            "-d",
+            "--runtime",
+            world.runtime(),
+            "--annotation",
+            &annotation,
+        ];
+        let args = [&flags[..], &[catalog::BASE, &id, "/bin/probe", "sleep"]].concat();
+        let mut start = ctr.command(&args);
+        let nothing = || (Stdio::null(), Stdio::null());
+        let (input, output) = nothing();
+        let status = start
+            .stdin(input)
+            .stdout(output)
+            .stderr(Stdio::null())
+            .status()?;
+        ensure!(status.success(), "ctr run -d: {status}");
+        let checked = check(&id);
+        ctr.run(&["task", "kill", "-s", "SIGKILL", &id], LONG)?
+            .ok()?;
+        until("the task to stop", LONG, || {
+            ctr.run(&["task", "delete", &id], LONG)
+                .is_ok_and(|o| o.code() == 137 || o.code() == 0)
+        })?;
+        ctr.run(&["container", "delete", &id], LONG)?.ok()?;
+        checked?;
+        expect_clean(&id)
+    };
+    let exec = |id: &str, script: &str| {
+        let args = [
+            "task",
+            "exec",
+            "--exec-id",
+            "e1",
+            id,
+            "/bin/sh",
+            "-c",
+            script,
+        ];
+        ctr.run(&args, LONG)
+    };
+    with("deny", &|id| {
+        let denied = exec(id, "echo ran")?;
+        ensure!(denied.code() != 0, "it has status {}", denied.code());
+        let (out, said) = (denied.out(), denied.err());
+        ensure!(
+            said.contains("execs are refused in this container"),
+            "{said}"
+        );
+        ensure!(!out.contains("ran"), "it ran: {out}");
+        let events = casemate_tests::operator::lines(&["events", "--json", id])?;
+        let is_it = |e: &serde_json::Value| e["rule"] == "exec-denied";
+        ensure!(events.iter().any(is_it), "no record: {events:?}");
+        Ok(())
+    })?;
+    with("record", &|id| {
+        let ran = exec(id, "echo ran; exit 7")?;
+        ensure_eq!(
+            (ran.code(), ran.out().as_str()),
+            (7, "ran\n"),
+            "recorded exec"
+        );
+        until("the record of its end", LONG, || {
+            let events = casemate_tests::operator::lines(&["events", "--json", id]);
+            let events = events.unwrap_or_default();
+            let has = |kind: &str| events.iter().any(|e| e["kind"] == kind);
+            has("exec")
+                && events
+                    .iter()
+                    .any(|e| e["kind"] == "exec_end" && e["status"] == 7)
+        })?;
+        Ok(())
+    })
 }
 
 fn c113_nothing_is_left() -> Outcome {

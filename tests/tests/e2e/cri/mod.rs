@@ -103,6 +103,7 @@ pub fn trials() -> Vec<Trial> {
         let shared = shared.iter().copied().flatten();
         let newer = since(Generation::V1_7, life::SINCE_1_7)
             .iter()
+            .chain(since(Generation::V1_7, stream::SINCE_1_7))
             .chain(since(Generation::V2_1, volumes::SINCE_2))
             .chain(since(Generation::V2_1, sandboxer::TESTS))
             .chain(since(Generation::V2_1, guard::BY_API))

@@ -4,6 +4,7 @@
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use casemate_tests::generation::NO_TERMINALS;
 use casemate_tests::skip::{Outcome, Stop, fail};
 use casemate_tests::{ensure, ensure_eq};
 use k8s_cri::v1::*;
@@ -17,6 +18,10 @@ use super::Cri;
 use super::config::container;
 
 crate::cri_tests![exec_with_input, exec_with_terminal, attach, port_forward];
+
+/// 1.6 forgets the path of a runtime for all containers but the pod's first.
+pub const SINCE_1_7: &[(&str, super::Test)] =
+    &[("exec_with_terminal_denied", exec_with_terminal_denied)];
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -174,6 +179,44 @@ fn exec_with_terminal(cri: &Cri) -> Outcome {
     let out = stream.text(STDOUT);
     ensure!(out.contains("37 91\r\n"), "size of the terminal: {out:?}");
     ensure!(out.contains("got hello\r\n"), "output: {out:?}");
+    pod.remove()
+}
+
+/// The node's configuration forbids terminals: the stream says so, nothing runs, and
+/// without a terminal it does.
+fn exec_with_terminal_denied(cri: &Cri) -> Outcome {
+    crate::common::casemate_only()?;
+    let pod = cri.pod_of(NO_TERMINALS, super::config::pod(cri, "noterminal"))?;
+    let id = pod.sleeper("app")?;
+    let begin = |tty: bool| -> Result<Stream, Stop> {
+        let request = ExecRequest {
+            container_id: id.clone(),
+            cmd: ["/bin/sh", "-c", "echo ran | tee -a /ran"]
+                .map(str::to_owned)
+                .to_vec(),
+            tty,
+            stdin: true,
+            stdout: true,
+            stderr: !tty,
+        };
+        let url = cri.call("Exec", async |mut c| c.exec(request).await)?.url;
+        Stream::open(cri, &url)
+    };
+    let mut denied = begin(true)?;
+    denied.read_until(|seen| {
+        seen.get(usize::from(STATUS))
+            .is_some_and(|b| b.ends_with(b"}"))
+    });
+    let (status, out) = (denied.text(STATUS), denied.text(STDOUT));
+    ensure!(
+        status.contains("Failure") && status.contains("with a terminal is refused"),
+        "status {status}, output {out:?}"
+    );
+    ensure!(!out.contains("ran"), "it ran: {out:?}");
+    let mut plain = begin(false)?;
+    plain.expect(STATUS, "Success")?;
+    ensure_eq!(plain.text(STDOUT), "ran\n", "output without a terminal");
+    ensure_eq!(pod.exec_sh(&id, "cat /ran")?, "ran\n", "what ran");
     pod.remove()
 }
 
