@@ -206,18 +206,17 @@ fn call_rules(profile: &Profile, name: &str) -> Result<Vec<(Action, Vec<OciArg>)
                 refused.push(rule);
                 continue;
             }
-            for mut list in alternatives(&rule.args) {
-                let mut hidden = false;
-                for refusal in &refused {
-                    match without(&list, refusal).map_err(wrong)? {
-                        Some(narrower) => list = narrower,
-                        None => hidden = true,
-                    }
-                }
-                if !hidden {
-                    let args = list.iter().map(oci_arg).collect::<Result<_, _>>();
-                    entries.push((group.action, args.map_err(wrong)?));
-                }
+            let mut lists = alternatives(&rule.args);
+            for refusal in &refused {
+                let narrower = lists.iter().map(|list| without(list, refusal));
+                lists = narrower
+                    .collect::<Result<Vec<_>, _>>()
+                    .map_err(wrong)?
+                    .concat();
+            }
+            for list in lists {
+                let args = list.iter().map(oci_arg).collect::<Result<_, _>>();
+                entries.push((group.action, args.map_err(wrong)?));
             }
             if rule.args.is_empty() {
                 return Ok(entries);
@@ -227,49 +226,79 @@ fn call_rules(profile: &Profile, name: &str) -> Result<Vec<(Action, Vec<OciArg>)
     Ok(entries)
 }
 
-/// `list` without what `refusal`, which comes first, takes; `None` when that is all.
-fn without(list: &[Condition], refusal: &Rule) -> Result<Option<Vec<Condition>>, &'static str> {
+/// `list` without what `refusal`, which comes first, takes: lists of which none
+/// overlaps another; none when that is all.
+fn without(list: &[Condition], refusal: &Rule) -> Result<Vec<Vec<Condition>>, &'static str> {
     const NO_WORDS: &str = "a refusal of some arguments before others are allowed";
-    // Apart: some argument that the refusal asks for is fixed to another value.
-    let value = |index: u8| {
-        list.iter()
-            .find(|c| c.index == index && c.op == Op::Eq)
-            .map(|c| c.value)
+    let on = |index: u8| list.iter().find(|condition| condition.index == index);
+    // Apart: what the refusal asks of some argument can't be, as the list has it.
+    let apart = |arg: &ArgSet| match (on(arg.index), arg.op) {
+        (Some(known), _) if known.op == Op::Eq => {
+            let mut args = [0; 6];
+            if let Some(place) = args.get_mut(usize::from(arg.index)) {
+                *place = known.value;
+            }
+            !arg.holds(&args)
+        }
+        (Some(known), Op::Eq) => match known.op {
+            Op::MaskedEq(mask) => arg.values.iter().all(|value| value & mask != known.value),
+            _ => false,
+        },
+        _ => false,
     };
-    let mut args = [0; 6];
-    for (at, arg) in args.iter_mut().enumerate() {
-        *arg = u8::try_from(at).ok().and_then(value).unwrap_or(0);
+    if refusal.args.iter().any(apart) {
+        return Ok(vec![list.to_vec()]);
     }
-    let fixed = |arg: &&ArgSet| value(arg.index).is_some();
-    if refusal
-        .args
-        .iter()
-        .filter(fixed)
-        .any(|arg| !arg.holds(&args))
-    {
-        return Ok(Some(list.to_vec()));
+    // What is left of the refusal: arguments of which the list doesn't say that they
+    // are just so. Each the other way, while those before it are as refused.
+    let mut before = list.to_vec();
+    let mut left = Vec::new();
+    for arg in &refusal.args {
+        match (on(arg.index), arg.values.as_slice()) {
+            (Some(known), _) if known.op == Op::Eq => continue,
+            (Some(known), [value]) if (known.op, known.value) == (arg.op, *value) => continue,
+            (None, [value]) => {
+                let condition = Condition {
+                    index: arg.index,
+                    op: arg.op,
+                    value: *value,
+                    width: arg.width,
+                };
+                for other in otherwise(condition).ok_or(NO_WORDS)? {
+                    left.push([&before[..], &[other]].concat());
+                }
+                before.push(condition);
+            }
+            _ => return Err(NO_WORDS),
+        }
     }
-    if refusal.args.iter().all(|arg| value(arg.index).is_some()) {
-        return Ok(None);
-    }
-    // One bit that must be set, or clear: then it must be the other way.
-    let [arg] = refusal.args.as_slice() else {
-        return Err(NO_WORDS);
+    Ok(left)
+}
+
+/// Conditions of which just one holds where this doesn't; `None`: there are no words.
+fn otherwise(condition: Condition) -> Option<Vec<Condition>> {
+    let with = |op, value| Condition {
+        op,
+        value,
+        ..condition
     };
-    let (Op::MaskedEq(mask), [value]) = (arg.op, arg.values.as_slice()) else {
-        return Err(NO_WORDS);
-    };
-    if !mask.is_power_of_two() || list.iter().any(|c| c.index == arg.index) {
-        return Err(NO_WORDS);
+    let value = condition.value;
+    match (condition.op, condition.width) {
+        (Op::MaskedEq(mask), _) if mask.is_power_of_two() => {
+            Some(vec![with(condition.op, value ^ mask)])
+        }
+        (Op::Eq, Width::W64) => Some(vec![with(Op::Ne, value)]),
+        (Op::Ne, Width::W64) => Some(vec![with(Op::Eq, value)]),
+        // Of 32 bits that are compared the lowest that differs.
+        (Op::Eq, Width::W32) => {
+            let differs = |bit: u32| {
+                let mask = u64::MAX >> (63 - bit);
+                with(Op::MaskedEq(mask), (value ^ 1 << bit) & mask)
+            };
+            Some((0..32).map(differs).collect())
+        }
+        _ => None,
     }
-    let mut narrower = list.to_vec();
-    narrower.push(Condition {
-        index: arg.index,
-        op: arg.op,
-        value: value ^ mask,
-        width: arg.width,
-    });
-    Ok(Some(narrower))
 }
 
 fn oci_arg(condition: &Condition) -> Result<OciArg, &'static str> {
