@@ -52,10 +52,22 @@ pub fn run(options: &Posture) -> Result<i32, RunError> {
     };
     let found = casemate_posture::compare(&promise, depth);
     let text = if options.json {
-        let all = json!({ "pod": pod.id, "deviations": found, "promise": promise });
+        let all = json!({
+            "pod": pod.id,
+            "deviations": found.deviations,
+            "unseen": found.unseen,
+            "promise": promise,
+        });
         format!("{all}\n")
     } else {
+        for what in &found.unseen {
+            let _lost = writeln!(
+                std::io::stderr(),
+                "casemate: posture: not to be seen on this node: {what}"
+            );
+        }
         found
+            .deviations
             .iter()
             .map(|deviation| format!("{deviation}\n"))
             .collect()
@@ -63,5 +75,5 @@ pub fn run(options: &Posture) -> Result<i32, RunError> {
     std::io::stdout()
         .write_all(text.as_bytes())
         .step("write to", "standard output")?;
-    Ok(i32::from(!found.is_empty()))
+    Ok(i32::from(!found.deviations.is_empty()))
 }

@@ -11,6 +11,21 @@ use crate::error::CgroupError;
 use crate::files;
 
 impl Cgroup {
+    /// Writes a limit, and remembers it; an error names the field and what was asked.
+    pub(crate) fn set_in(
+        &self,
+        dir: &Path,
+        file: &str,
+        text: &str,
+        field: &str,
+        asked: impl Display,
+    ) -> Result<(), CgroupError> {
+        let path = dir.join(file);
+        files::write(&path, text).map_err(|e| refused(&path, text, field, asked, &e))?;
+        self.limits.note(path, text);
+        Ok(())
+    }
+
     /// Sets the limits that `r` names (`linux.resources`; OCI runtime-spec,
     /// config-linux.md, "Control groups") and leaves the others as they are, so
     /// it serves create and update. A numeric 0 counts as "not named" where 0
@@ -111,18 +126,6 @@ fn check_page_size(size: &str) -> Result<(), CgroupError> {
         "not a size",
         "give one such as 2MB or 1GB",
     ))
-}
-
-/// Writes a limit; an error names the field and what was asked.
-pub(crate) fn put(
-    dir: &Path,
-    file: &str,
-    text: &str,
-    field: &str,
-    asked: impl Display,
-) -> Result<(), CgroupError> {
-    let path = dir.join(file);
-    files::write(&path, text).map_err(|e| refused(&path, text, field, asked, &e))
 }
 
 pub(crate) fn refused(

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
-use crate::apply::{bandwidth, check_weights, host_has_swap, put, rdma_lines, throttles};
+use crate::apply::{bandwidth, check_weights, host_has_swap, rdma_lines, throttles};
 use crate::cgroup::Cgroup;
 use crate::devices;
 use crate::error::CgroupError;
@@ -28,10 +28,12 @@ impl Cgroup {
             let field = "devices";
             let asked = format!("{} rules", rules.len());
             let dir = self.controller("devices", field, &asked)?;
-            for write in devices::v1_writes(&devices::parse(rules)?)? {
+            let rules = devices::parse(rules)?;
+            for write in devices::v1_writes(&rules)? {
                 let asked = format!("\"{}\"", write.text);
-                put(dir, write.file, &write.text, field, asked)?;
+                self.set_in(dir, write.file, &write.text, field, asked)?;
             }
+            self.limits.note_devices(dir, devices::v1_list(&rules)?);
         }
         if let Some(pids) = r.pids()
             && pids.limit() != 0
@@ -39,7 +41,7 @@ impl Cgroup {
             let limit = pids.limit();
             let dir = self.controller("pids", "pids.limit", limit)?;
             let text = crate::convert::or_max(limit);
-            put(dir, "pids.max", &text, "pids.limit", limit)?;
+            self.set_in(dir, "pids.max", &text, "pids.limit", limit)?;
         }
         if let Some(memory) = r.memory() {
             self.memory_v1(memory, warnings)?;
@@ -56,31 +58,31 @@ impl Cgroup {
             let dir = self.controller("hugetlb", &field, huge.limit())?;
             let text = huge.limit().max(-1).to_string();
             let file = format!("hugetlb.{}.limit_in_bytes", huge.page_size());
-            put(dir, &file, &text, &field, huge.limit())?;
+            self.set_in(dir, &file, &text, &field, huge.limit())?;
             // Reservations as well (Linux 5.7): else a mmap(2) beyond the limit
             // succeeds and the touch is a SIGBUS.
             let file = format!("hugetlb.{}.rsvd.limit_in_bytes", huge.page_size());
             if dir.join(&file).exists() {
-                put(dir, &file, &text, &field, huge.limit())?;
+                self.set_in(dir, &file, &text, &field, huge.limit())?;
             }
         }
         if let Some(network) = r.network() {
             if let Some(class) = network.class_id().filter(|c| *c != 0) {
                 let dir = self.controller("net_cls", "network.classID", class)?;
                 let text = class.to_string();
-                put(dir, "net_cls.classid", &text, "network.classID", class)?;
+                self.set_in(dir, "net_cls.classid", &text, "network.classID", class)?;
             }
             for priority in network.priorities().iter().flatten() {
                 let text = format!("{} {}", priority.name(), priority.priority());
                 let field = "network.priorities";
                 let dir = self.controller("net_prio", field, format!("{text:?}"))?;
-                put(dir, "net_prio.ifpriomap", &text, field, format!("{text:?}"))?;
+                self.set_in(dir, "net_prio.ifpriomap", &text, field, format!("{text:?}"))?;
             }
         }
         for line in rdma_lines(r) {
             let asked = format!("{line:?}");
             let dir = self.controller("rdma", "rdma", &asked)?;
-            put(dir, "rdma.max", &line, "rdma", asked)?;
+            self.set_in(dir, "rdma.max", &line, "rdma", asked)?;
         }
         Ok(())
     }
@@ -111,7 +113,7 @@ impl Cgroup {
         let controller = |field, asked: i64| self.controller("memory", field, asked);
         let set_limit = |limit: i64| {
             let dir = controller("memory.limit", limit)?;
-            put(
+            self.set_in(
                 dir,
                 LIMIT,
                 &limit.max(-1).to_string(),
@@ -121,7 +123,7 @@ impl Cgroup {
         };
         let set_swap = |swap: i64| {
             let dir = controller("memory.swap", swap)?;
-            put(dir, SWAP, &swap.max(-1).to_string(), "memory.swap", swap)
+            self.set_in(dir, SWAP, &swap.max(-1).to_string(), "memory.swap", swap)
         };
         let limit = memory.limit().filter(|v| *v != 0);
         let mut swap = memory.swap().filter(|v| *v != 0);
@@ -158,7 +160,7 @@ impl Cgroup {
         if let Some(low) = memory.reservation().filter(|v| *v != 0) {
             let field = "memory.reservation";
             let text = low.max(-1).to_string();
-            put(
+            self.set_in(
                 controller(field, low)?,
                 "memory.soft_limit_in_bytes",
                 &text,
@@ -170,12 +172,12 @@ impl Cgroup {
             let field = "memory.swappiness";
             let dir = self.controller("memory", field, swappiness)?;
             let text = swappiness.to_string();
-            put(dir, "memory.swappiness", &text, field, swappiness)?;
+            self.set_in(dir, "memory.swappiness", &text, field, swappiness)?;
         }
         if memory.disable_oom_killer() == Some(true) {
             let field = "memory.disableOOMKiller";
             let dir = self.controller("memory", field, true)?;
-            put(dir, "memory.oom_control", "1", field, true)?;
+            self.set_in(dir, "memory.oom_control", "1", field, true)?;
         }
         Ok(())
     }
@@ -203,7 +205,7 @@ impl Cgroup {
     fn cpu_v1(&self, cpu: &LinuxCpu) -> Result<(), CgroupError> {
         let set = |file: &str, field: &str, value: i128| {
             let dir = self.controller("cpu", field, value)?;
-            put(dir, file, &value.to_string(), field, value)
+            self.set_in(dir, file, &value.to_string(), field, value)
         };
         if cpu.idle() == Some(0) && self.v1("cpu").is_some_and(|d| d.join("cpu.idle").exists()) {
             set("cpu.idle", "cpu.idle", 0)?;
@@ -259,7 +261,7 @@ impl Cgroup {
         ] {
             if let Some(list) = list.as_deref().filter(|l| !l.is_empty()) {
                 let asked = format!("{list:?}");
-                put(
+                self.set_in(
                     self.controller("cpuset", field, &asked)?,
                     file,
                     list,
@@ -277,7 +279,7 @@ impl Cgroup {
             let field = "blockIO.weight";
             let dir = self.controller("blkio", field, weight)?;
             let file = weight_file(dir, &["blkio.bfq.weight", "blkio.weight"], field, weight)?;
-            put(dir, file, &weight.to_string(), field, weight)?;
+            self.set_in(dir, file, &weight.to_string(), field, weight)?;
         }
         for device in io.weight_device().iter().flatten() {
             let Some(weight) = device.weight().filter(|w| *w != 0) else {
@@ -287,7 +289,7 @@ impl Cgroup {
             let text = format!("{}:{} {weight}", device.major(), device.minor());
             let dir = self.controller("blkio", field, &text)?;
             let names = ["blkio.bfq.weight_device", "blkio.weight_device"];
-            put(
+            self.set_in(
                 dir,
                 weight_file(dir, &names, field, &text)?,
                 &text,
@@ -297,7 +299,7 @@ impl Cgroup {
         }
         for (field, file, _, device) in throttles(io) {
             let text = format!("{}:{} {}", device.major(), device.minor(), device.rate());
-            put(
+            self.set_in(
                 self.controller("blkio", field, &text)?,
                 file,
                 &text,

@@ -7,7 +7,7 @@ use casemate_sys::bpf;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxDeviceCgroup, LinuxMemory, LinuxResources};
 use rustix::fs::{CWD, Mode, OFlags};
 
-use crate::apply::{bandwidth, check_weights, host_has_swap, put, rdma_lines, throttles};
+use crate::apply::{bandwidth, check_weights, host_has_swap, rdma_lines, throttles};
 use crate::apply_v1::weight_file;
 use crate::cgroup::Cgroup;
 use crate::convert::{cpu_weight, io_weight, or_max};
@@ -107,7 +107,7 @@ impl Cgroup {
                 ));
             }
         }
-        put(dir, file, text, field, asked)
+        self.set_in(dir, file, text, field, asked)
     }
 
     fn devices_v2(&self, rules: &[LinuxDeviceCgroup]) -> Result<(), CgroupError> {
@@ -131,6 +131,9 @@ impl Cgroup {
         let old = bpf::device_programs(&cgroup).map_err(|e| error("list", e))?;
         let new = bpf::load_device_program(&program).map_err(|e| error("load", e))?;
         bpf::attach_device_program(&cgroup, &new).map_err(|e| error("attach", e))?;
+        let both = bpf::device_programs(&cgroup).map_err(|e| error("list", e))?;
+        let attached = both.into_iter().find(|id| !old.contains(id));
+        self.limits.note_program(dir, attached);
         // Until here both must allow, so an update never opens a gap.
         for id in old {
             bpf::detach_device_program(&cgroup, id).map_err(|e| error("replace", e))?;

@@ -1,5 +1,6 @@
 //! A leaf in every hierarchy: made, found again, and handed to a new process.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,6 +11,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use crate::error::CgroupError;
 use crate::files;
 use crate::hierarchy::{self, Hierarchy, Kind, Mount};
+use crate::limits::Limits;
 use crate::scope::Scope;
 
 /// The controllers of version 2 that limits and numbers here come from.
@@ -39,6 +41,8 @@ pub struct Cgroup {
     pub(crate) not_enabled: Vec<String>,
     /// The scope of systemd's that this is.
     scope: Option<Scope>,
+    /// What was set last, by us.
+    pub(crate) limits: Limits,
 }
 
 /// The cgroup in one hierarchy.
@@ -74,6 +78,7 @@ impl Cgroup {
             leaves: Vec::new(),
             not_enabled: Vec::new(),
             scope: None,
+            limits: Limits::default(),
         };
         cgroup.create_all(h, &relative)?;
         Ok(cgroup)
@@ -88,6 +93,7 @@ impl Cgroup {
             leaves: Vec::new(),
             not_enabled: Vec::new(),
             scope: Some(scope.clone()),
+            limits: Limits::default(),
         };
         cgroup.create_all(h, &scope.path())?;
         Ok(cgroup)
@@ -189,6 +195,7 @@ impl Cgroup {
             leaves: Vec::new(),
             not_enabled: Vec::new(),
             scope: None,
+            limits: Limits::default(),
         };
         let hierarchy = match Hierarchy::detect() {
             Ok(hierarchy) => hierarchy,
@@ -276,6 +283,13 @@ impl Cgroup {
     /// The scope that this is, if systemd made it.
     pub fn scope(&self) -> Option<&Scope> {
         self.scope.as_ref()
+    }
+
+    /// The limits that were set last: files, and what was written to them. Of those
+    /// with a line for each device only version 1's `devices.list`, as it must then
+    /// be; [`crate::DEVICE_PROGRAM`] stands for version 2's.
+    pub fn limits(&self) -> BTreeMap<PathBuf, String> {
+        self.limits.all()
     }
 
     /// The directory in each hierarchy.

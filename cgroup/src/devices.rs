@@ -192,6 +192,24 @@ pub(crate) fn v1_writes(rules: &[Rule]) -> Result<Vec<Write>, CgroupError> {
     v1_state(rules).map(|(writes, _, _)| writes)
 }
 
+/// What version 1's `devices.list` says after [`v1_writes`].
+pub(crate) fn v1_list(rules: &[Rule]) -> Result<Vec<String>, CgroupError> {
+    let (_, default, exceptions) = v1_state(rules)?;
+    if default {
+        // Its exceptions aren't told.
+        return Ok(vec!["a *:* rwm".to_owned()]);
+    }
+    let line = |(set, access)| {
+        let rule = Rule {
+            allow: true,
+            set,
+            access,
+        };
+        rule.to_string()
+    };
+    Ok(exceptions.into_iter().map(line).collect())
+}
+
 /// Some devices that are allowed, where the default is that none are.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Allowed {

@@ -106,6 +106,11 @@ impl Hierarchy {
         }
     }
 
+    /// Where they are mounted.
+    pub fn roots(&self) -> impl Iterator<Item = &Path> {
+        self.mounts.iter().map(|mount| mount.point.as_path())
+    }
+
     /// Whether the unified hierarchy is the only one in use.
     pub fn is_v2(&self) -> bool {
         self.mounts.iter().all(|m| m.kind == Kind::Unified)

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod expression;
+mod listing;
 mod refusals;
 mod socket;
 mod table;
@@ -15,6 +16,7 @@ mod wire;
 use std::io;
 use std::net::IpAddr;
 
+pub use listing::{Line, installed, promised};
 pub use refusals::{Refused, Watch, refused};
 pub use table::{COMMENT_LENGTH, MOST_REFUSED, counters, install};
 

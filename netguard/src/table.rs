@@ -23,16 +23,18 @@ use crate::{Counter, Direction, GuardError, Installed, Rules, TABLE, Target};
 /// The longest name of a rule, in bytes; longer ones are cut.
 pub const COMMENT_LENGTH: usize = 127;
 
-const NEW_TABLE: u16 = 0;
+pub const NEW_TABLE: u16 = 0;
+pub const GET_TABLE: u16 = 1;
 const DELETE_TABLE: u16 = 2;
-const NEW_CHAIN: u16 = 3;
-const NEW_RULE: u16 = 6;
-const GET_RULE: u16 = 7;
+pub const NEW_CHAIN: u16 = 3;
+pub const GET_CHAIN: u16 = 4;
+pub const NEW_RULE: u16 = 6;
+pub const GET_RULE: u16 = 7;
 const NEW_SET: u16 = 9;
 /// Attributes of a rule.
-const RULE_CHAIN: u16 = 2;
-const RULE_EXPRESSIONS: u16 = 4;
-const RULE_USERDATA: u16 = 7;
+pub const RULE_CHAIN: u16 = 2;
+pub const RULE_EXPRESSIONS: u16 = 4;
+pub const RULE_USERDATA: u16 = 7;
 
 const OUTPUT: &str = "output";
 const INPUT: &str = "input";
@@ -118,7 +120,7 @@ fn refused(what: String, code: i32) -> GuardError {
     GuardError::Refused { what, reason }
 }
 
-fn transaction(rules: &Rules, replace: bool, shows: bool) -> Messages {
+pub fn transaction(rules: &Rules, replace: bool, shows: bool) -> Messages {
     let mut table = Table(Messages::begin());
     if replace {
         table.delete();
@@ -383,7 +385,7 @@ pub fn counters() -> Result<Option<Vec<Counter>>, GuardError> {
     Ok(any.then_some(found))
 }
 
-fn comment_of(userdata: &[u8]) -> Option<String> {
+pub fn comment_of(userdata: &[u8]) -> Option<String> {
     match userdata {
         [0, length, text @ ..] => text.get(..usize::from(*length)).map(wire::text),
         _ => None,

@@ -2,7 +2,7 @@
 //! that nf_tables takes as one transaction.
 
 /// Subsystem of nfnetlink that messages of nf_tables belong to.
-const SUBSYSTEM: u16 = 10;
+pub const SUBSYSTEM: u16 = 10;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 /// The family of tables that see IPv4 and IPv6.
@@ -225,6 +225,13 @@ pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 pub fn text(value: &[u8]) -> String {
     let end = value.iter().position(|b| *b == 0).unwrap_or(value.len());
     String::from_utf8_lossy(value.get(..end).unwrap_or_default()).into_owned()
+}
+
+/// A number in network order; 0 if it is none.
+pub fn number(value: &[u8]) -> u64 {
+    value
+        .first_chunk()
+        .map_or(0, |bytes| u32::from_be_bytes(*bytes).into())
 }
 
 /// A number of eight bytes in network order.

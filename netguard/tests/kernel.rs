@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use casemate_netguard::{
     Direction, MOST_REFUSED, Ports, Protocol, Refused, Rules, Target, Watch, counters, install,
-    refused,
+    installed, promised, refused,
 };
 use casemate_sys::namespace::{self, kind};
 
@@ -384,4 +384,61 @@ fn it_is_there_in_no_time() {
     })
     .join()
     .unwrap();
+}
+
+/// All kinds of expressions: what the kernel has of them is what was promised, and
+/// stays so when packets are counted.
+#[test]
+fn what_is_installed_is_told_in_the_words_of_the_promise() {
+    with_wire(|inside| {
+        inside(&mut || {
+            assert_eq!(installed().unwrap(), [], "nothing is there yet");
+            let wide = Target {
+                ports: Some(Ports {
+                    first: 8000,
+                    last: 8999,
+                }),
+                protocols: vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp],
+                ..target("2001:db8:1::/52")
+            };
+            let denied = vec![target("169.254.169.254"), target("fd00:ec2::254")];
+            for rules in [
+                Rules::default(),
+                Rules {
+                    denied: denied.clone(),
+                    ..Rules::default()
+                },
+                Rules {
+                    denied: denied.clone(),
+                    egress: Some(vec![
+                        target("0.0.0.0/0"),
+                        target("192.0.2.0/25"),
+                        port("192.0.2.1", 53, Protocol::Udp),
+                        wide,
+                    ]),
+                    ingress: Some(Vec::new()),
+                },
+            ] {
+                let shows = install(&rules).unwrap().shows;
+                assert_eq!(installed().unwrap(), promised(&rules, shows));
+                let _refused = UdpSocket::bind("192.0.2.2:0")
+                    .unwrap()
+                    .send_to(b"x", "169.254.169.254:80");
+                assert_eq!(installed().unwrap(), promised(&rules, shows), "counted");
+            }
+            // Another address is another rule, and so is one that is missing.
+            let rules = Rules {
+                denied: denied[..1].to_vec(),
+                ..Rules::default()
+            };
+            install(&Rules {
+                denied: vec![target("169.254.169.253")],
+                ..Rules::default()
+            })
+            .unwrap();
+            assert_ne!(installed().unwrap(), promised(&rules, true));
+            install(&Rules::default()).unwrap();
+            assert_ne!(installed().unwrap(), promised(&rules, true));
+        });
+    });
 }

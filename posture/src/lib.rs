@@ -3,13 +3,20 @@
 //! processes whose filters are compared are stopped for that moment.
 #![forbid(unsafe_code)]
 
+mod descriptors;
+mod guard;
+mod landlock;
+mod limits;
 mod mounts;
+mod place;
 mod process;
 mod promise;
+mod status;
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
-pub use promise::{Container, Limits, Mount, Process, Promise, hash};
+pub use promise::{Container, Limits, Mount, Network, Process, Promise, Rule, hash};
 
 /// Something that isn't as it was promised.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -33,13 +40,22 @@ impl std::fmt::Display for Deviation {
     }
 }
 
+/// What a look has found.
+#[derive(Debug, Default, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Findings {
+    /// What isn't as promised.
+    pub deviations: Vec<Deviation>,
+    /// What was promised and can't be seen on this node, and why.
+    pub unseen: Vec<String>,
+}
+
 /// What has been found so far.
 #[derive(Default)]
-struct Report(Vec<Deviation>);
+struct Report(Findings);
 
 impl Report {
     fn add(&mut self, what: impl ToString, promised: impl ToString, found: impl ToString) {
-        self.0.push(Deviation {
+        self.0.deviations.push(Deviation {
             what: what.to_string(),
             promised: promised.to_string(),
             found: found.to_string(),
@@ -50,6 +66,10 @@ impl Report {
         if promised != found {
             self.add(what, promised.to_string(), found.to_string());
         }
+    }
+
+    fn unseen(&mut self, what: String) {
+        self.0.unseen.push(what);
     }
 }
 
@@ -62,9 +82,30 @@ pub enum Depth {
     Glance,
 }
 
-/// Compares. Empty: everything is as it was promised. Processes that end
-/// meanwhile are left out.
-pub fn compare(promise: &Promise, depth: Depth) -> Vec<Deviation> {
+/// How often is looked again before something is a deviation, and when: a process may
+/// be just starting, ending, or at work for the shim.
+const LOOKS: u32 = 3;
+const BETWEEN: Duration = Duration::from_millis(20);
+
+/// Compares. Without deviations everything that can be seen is as it was promised.
+/// Processes that end meanwhile are left out, and what is no more when it is looked
+/// at again.
+pub fn compare(promise: &Promise, depth: Depth) -> Findings {
+    let mut findings = look(promise, depth);
+    for _ in 1..LOOKS {
+        if findings.deviations.is_empty() {
+            break;
+        }
+        std::thread::sleep(BETWEEN);
+        let again = look(promise, depth);
+        findings
+            .deviations
+            .retain(|d| again.deviations.iter().any(|a| a.what == d.what));
+    }
+    findings
+}
+
+fn look(promise: &Promise, depth: Depth) -> Findings {
     let mut report = Report::default();
     let all = process::all();
     process::runtime(&mut report, "shim", &promise.shim, depth);
@@ -79,17 +120,14 @@ pub fn compare(promise: &Promise, depth: Depth) -> Vec<Deviation> {
         known.insert(learner.pid);
         process::runtime(&mut report, "learner", learner, depth);
     }
+    process::pod(&mut report, promise);
+    guard::check(&mut report, promise);
     for container in &promise.containers {
         known.insert(container.forker);
-        process::container(&mut report, container, &all, &mut known, depth);
-        mounts::check(&mut report, container);
-        for (file, promised) in &container.limits.0 {
-            let found = promise::limit(file.as_ref());
-            let found = found.unwrap_or_else(|| "nothing".to_owned());
-            let name = file.rsplit('/').next().unwrap_or(file);
-            let what = format!("container {}: limit {name} ({file})", container.id);
-            report.equal(what, promised, &found);
-        }
+        process::container(&mut report, (promise, container), &all, &mut known, depth);
+        let witness = mounts::check(&mut report, container);
+        landlock::check(&mut report, container, witness);
+        limits::check(&mut report, container);
     }
     process::strangers(&mut report, promise, &all, &known);
     report.0

@@ -1,28 +1,27 @@
-//! Processes: ids, capabilities, filters, namespaces, cgroups, descriptors.
+//! Processes: ids, capabilities, filters, namespaces.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 
 use casemate_sys::seccomp;
+use rustix::io::Errno;
 
 use crate::promise::{Container, Process, Promise, hash};
-use crate::{Depth, Report};
+use crate::status::{self, Status, namespace};
+use crate::{Depth, Report, descriptors, place};
 
 /// Ids of a container.
 const IDS: u32 = 65_536;
 /// Kinds of namespaces that make a process one of the pod's.
 const OWN: [&str; 3] = ["user", "mnt", "pid"];
+/// What the pod has of its own, whatever its network is.
+const PODS: [&str; 5] = ["user", "mnt", "pid", "ipc", "uts"];
 /// What all of a container's processes share; a shared pid namespace is joined
 /// by children alone.
 const SHARED: [&str; 5] = ["user", "mnt", "net", "ipc", "uts"];
 
 /// Host pids of all processes, and inodes of the namespaces of [`OWN`].
 pub type All = BTreeMap<u32, [u64; 3]>;
-
-fn namespace(pid: u32, kind: &str) -> Option<u64> {
-    Some(fs::metadata(format!("/proc/{pid}/ns/{kind}")).ok()?.ino())
-}
 
 /// Everybody on the host; zombies have no namespaces left and hold nothing.
 pub fn all() -> All {
@@ -36,49 +35,32 @@ pub fn all() -> All {
         .collect()
 }
 
-/// `/proc/PID/status`.
-struct Status(BTreeMap<String, String>);
-
-impl Status {
-    fn of(pid: u32) -> Option<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let lines = text.lines().filter_map(|l| l.split_once(':'));
-        let all = lines.map(|(key, value)| (key.to_owned(), value.trim().to_owned()));
-        Some(Self(all.collect()))
-    }
-
-    fn get(&self, key: &str) -> &str {
-        self.0.get(key).map_or("", String::as_str)
-    }
-
-    fn bits(&self, key: &str) -> u64 {
-        u64::from_str_radix(self.get(key), 16).unwrap_or(u64::MAX)
-    }
-
-    fn ended(&self) -> bool {
-        self.get("State").starts_with(['Z', 'X'])
-    }
-}
-
 fn hex(set: u64) -> String {
     format!("{set:#x}")
 }
 
-/// Capabilities beyond those allowed, and what else is the same for everybody.
-fn locks(
-    report: &mut Report,
-    who: &str,
-    status: &Status,
-    (allowed, no_new_privs, filters): (u64, bool, usize),
-) {
+/// What the kernel enforces on a process.
+struct Locks {
+    capabilities: u64,
+    no_new_privs: bool,
+    filters: usize,
+    /// It has exactly these, and not what is below them.
+    exactly: bool,
+}
+
+fn locks(report: &mut Report, who: &str, status: &Status, promised: &Locks) {
+    let allowed = promised.capabilities;
     for set in ["CapBnd", "CapPrm", "CapEff", "CapInh", "CapAmb"] {
         let found = status.bits(set);
-        if found & !allowed != 0 {
-            let promised = format!("at most {}", hex(allowed));
-            report.add(format!("{who}: {set}"), promised, hex(found));
+        let what = format!("{who}: {set}");
+        // The shim gives effective ones up for moments in which it is a user.
+        if promised.exactly && set == "CapPrm" && found != allowed {
+            report.add(what, hex(allowed), hex(found));
+        } else if found & !allowed != 0 {
+            report.add(what, format!("at most {}", hex(allowed)), hex(found));
         }
     }
-    if no_new_privs {
+    if promised.no_new_privs {
         report.equal(
             format!("{who}: NoNewPrivs"),
             &"1",
@@ -86,13 +68,13 @@ fn locks(
         );
     }
     report.equal(format!("{who}: Seccomp"), &"2", &status.get("Seccomp"));
+    // Before Linux 5.10 there is no number.
     let count = status.get("Seccomp_filters").parse().unwrap_or(0);
-    if count < filters {
-        report.add(
-            format!("{who}: filters"),
-            format!("{filters} at least"),
-            count,
-        );
+    if promised.exactly && count != promised.filters {
+        report.add(format!("{who}: filters"), promised.filters, count);
+    } else if count < promised.filters {
+        let at_least = format!("{} at least", promised.filters);
+        report.add(format!("{who}: filters"), at_least, count);
     }
 }
 
@@ -109,8 +91,19 @@ fn filters(report: &mut Report, who: &str, pid: u32, promised: &[String], depth:
             }
         }
         // Gone meanwhile; or traced by somebody, which nobody should.
-        Err(e) if e.raw_os_error() == Some(3) => {}
+        Err(e) if e.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => {}
+        Err(e) if e.raw_os_error() == Some(Errno::TIMEDOUT.raw_os_error()) => {
+            report.unseen(format!("{who}: filters: it doesn't stop; is it paused?"));
+        }
         Err(e) => report.add(format!("{who}: filters"), "to be read", e),
+    }
+}
+
+fn core(report: &mut Report, who: &str, pid: u32) {
+    // 1 is the kernel's word for neither file nor handler.
+    match status::core_limit(pid).as_deref() {
+        None | Some("0" | "1") => {}
+        Some(found) => report.add(format!("{who}: core file"), "none", found),
     }
 }
 
@@ -126,33 +119,73 @@ pub fn runtime(report: &mut Report, name: &str, promised: &Process, depth: Depth
         report.add(who, "alive", "ended");
         return;
     }
-    let all = (
-        promised.capabilities,
-        promised.no_new_privs,
-        promised.filters.len(),
-    );
-    locks(report, &who, &status, all);
-    let uid = promised.uid;
-    report.equal(
-        format!("{who}: Uid"),
-        &format!("{uid}\t{uid}\t{uid}\t{uid}").as_str(),
-        &status.get("Uid"),
-    );
+    let promises = Locks {
+        capabilities: promised.capabilities,
+        no_new_privs: promised.no_new_privs,
+        filters: promised.filters.len(),
+        // Of a learner, what it may have at most.
+        exactly: name != "learner",
+    };
+    for (tid, status) in Status::threads(pid) {
+        let who = match tid == pid {
+            true => who.clone(),
+            false => format!("{who}, thread {tid}"),
+        };
+        locks(report, &who, &status, &promises);
+        let uid = promised.uid;
+        report.equal(
+            format!("{who}: Uid"),
+            &format!("{uid}\t{uid}\t{uid}\t{uid}").as_str(),
+            &status.get("Uid"),
+        );
+    }
     report.equal(format!("{who}: TracerPid"), &"0", &status.get("TracerPid"));
+    if promised.no_core {
+        core(report, &who, pid);
+    }
+    place::check(report, &who, pid, &promised.cgroups);
+    if let Some(files) = &promised.files {
+        descriptors::runtime(report, &who, pid, files);
+    }
     filters(report, &who, pid, &promised.filters, depth);
+}
+
+/// The pod's namespaces are none of the node's, and its ids its own.
+pub fn pod(report: &mut Report, promise: &Promise) {
+    let (shim, agent) = (promise.shim.pid, promise.agent.pid);
+    for kind in PODS {
+        let found = namespace(agent, kind);
+        if found.is_some() && found == namespace(shim, kind) {
+            report.add(
+                format!("agent: {kind} namespace"),
+                "the pod's",
+                "the node's",
+            );
+        }
+    }
+    let Some(root) = promise.root else {
+        return;
+    };
+    let wanted = format!("0 {} 1; 1 {root} {IDS}", promise.agent.uid);
+    for file in ["uid_map", "gid_map"] {
+        if let Some(found) = status::map(agent, file) {
+            report.equal(format!("agent: {file}"), &wanted, &found);
+        }
+    }
 }
 
 /// All processes of a container: those in its cgroups, and those that are in its
 /// mount or user namespace, whoever put them there.
 pub fn container(
     report: &mut Report,
-    promised: &Container,
+    (promise, promised): (&Promise, &Container),
     all: &All,
     known: &mut BTreeSet<u32>,
     depth: Depth,
 ) {
+    let name = format!("container {}", promised.id);
     let Some([user, mnt, _]) = all.get(&promised.init) else {
-        let who = format!("container {}: init ({})", promised.id, promised.init);
+        let who = format!("{name}: init ({})", promised.init);
         report.add(who, "alive", "no such process");
         return;
     };
@@ -172,6 +205,63 @@ pub fn container(
         known.insert(pid);
         member(report, promised, pid, *user, depth);
     }
+    forker(report, promised, &name);
+    namespaces(report, promise, promised, &name);
+}
+
+/// What is the forker's alone.
+fn forker(report: &mut Report, promised: &Container, name: &str) {
+    let pid = promised.forker;
+    let who = format!("{name}: forker {pid}");
+    if !status::lives(pid) {
+        return;
+    }
+    // Its memory is the pod's root's, as long as it can't be dumped.
+    if let Some(found) = status::shown_owner(pid)
+        && found == promised.root
+    {
+        report.add(format!("{who}: dumpable"), "no", "yes");
+    }
+    descriptors::runtime(report, &who, pid, &[]);
+}
+
+/// Whose namespaces a container has, and who owns them.
+fn namespaces(report: &mut Report, promise: &Promise, promised: &Container, name: &str) {
+    let (shim, agent, init) = (promise.shim.pid, promise.agent.pid, promised.init);
+    let mut same = |kind: &str, wanted: Option<u64>| {
+        if let (Some(wanted), Some(found)) = (wanted, namespace(init, kind)) {
+            report.equal(format!("{name}: {kind} namespace"), &wanted, &found);
+        }
+    };
+    same("user", promise.users);
+    same("net", promise.network.namespace);
+    same("ipc", namespace(agent, "ipc"));
+    same("uts", namespace(agent, "uts"));
+    for kind in ["mnt", "pid", "cgroup"] {
+        let found = namespace(init, kind);
+        for (whose, pid) in [("the node's", shim), ("the agent's", agent)] {
+            if found.is_some() && found == namespace(pid, kind) {
+                report.add(format!("{name}: {kind} namespace"), "its own", whose);
+            }
+        }
+    }
+    // Owned by the user namespace above its own: nothing it is capable of counts.
+    let pods = namespace(agent, "user");
+    for kind in ["mnt", "pid", "ipc", "uts"] {
+        if let (Some(wanted), Some(found)) = (pods, status::owner(init, kind)) {
+            report.equal(
+                format!("{name}: owner of the {kind} namespace"),
+                &wanted,
+                &found,
+            );
+        }
+    }
+    let wanted = format!("0 {} {IDS}", promised.root);
+    for file in ["uid_map", "gid_map"] {
+        if let Some(found) = status::map(init, file) {
+            report.equal(format!("{name}: {file}"), &wanted, &found);
+        }
+    }
 }
 
 fn member(report: &mut Report, promised: &Container, pid: u32, user: u64, depth: Depth) {
@@ -190,13 +280,13 @@ fn member(report: &mut Report, promised: &Container, pid: u32, user: u64, depth:
     } else {
         0
     };
-    let allowed = promised.capabilities | more;
-    locks(
-        report,
-        &who,
-        &status,
-        (allowed, promised.no_new_privs, promised.filters.len()),
-    );
+    let promises = Locks {
+        capabilities: promised.capabilities | more,
+        no_new_privs: promised.no_new_privs,
+        filters: promised.filters.len(),
+        exactly: false,
+    };
+    locks(report, &who, &status, &promises);
     for key in ["Uid", "Gid"] {
         let foreign = status
             .get(key)
@@ -213,81 +303,24 @@ fn member(report: &mut Report, promised: &Container, pid: u32, user: u64, depth:
         }
     }
     for kind in SHARED {
-        let (wanted, found) = match kind {
-            "user" => (Some(user), namespace(pid, kind)),
-            _ => (namespace(promised.init, kind), namespace(pid, kind)),
+        let wanted = match kind {
+            "user" => Some(user),
+            _ => namespace(promised.init, kind),
         };
-        if let (Some(wanted), Some(found)) = (wanted, found)
+        if let (Some(wanted), Some(found)) = (wanted, namespace(pid, kind))
             && wanted != found
         {
             report.add(format!("{who}: {kind} namespace"), wanted, found);
         }
     }
-    if !forker {
-        report.equal(format!("{who}: TracerPid"), &"0", &status.get("TracerPid"));
+    if promised.no_core {
+        core(report, &who, pid);
     }
-    place(report, promised, pid, &who);
+    place::check(report, &who, pid, &promised.cgroups);
     filters(report, &who, pid, &promised.filters, depth);
     if !forker {
-        descriptors(report, pid, &who);
-    }
-}
-
-/// The process is in each of the container's cgroups, or below.
-fn place(report: &mut Report, promised: &Container, pid: u32, who: &str) {
-    let Ok(text) = fs::read_to_string(format!("/proc/{pid}/cgroup")) else {
-        return;
-    };
-    for dir in &promised.cgroups {
-        // /sys/fs/cgroup/CONTROLLERS/PATH on v1, /sys/fs/cgroup/PATH on v2.
-        let below = dir.trim_start_matches("/sys/fs/cgroup/");
-        let is_there = text.lines().any(|line| {
-            let path = line.splitn(3, ':').nth(2).unwrap_or_default();
-            let path = path.trim_start_matches('/');
-            !path.is_empty()
-                && (below == path || below.ends_with(&format!("/{path}")) || {
-                    // In a cgroup of its own below.
-                    let own = below.split_once('/').map_or(below, |(_, rest)| rest);
-                    path.starts_with(&format!("{own}/"))
-                })
-        });
-        if !is_there {
-            report.add(
-                format!("{who}: cgroup"),
-                dir,
-                text.trim().replace('\n', " "),
-            );
-            return;
-        }
-    }
-}
-
-/// An open file or directory is on a mount that the process itself can see.
-fn descriptors(report: &mut Report, pid: u32, who: &str) {
-    let Ok(table) = fs::read_to_string(format!("/proc/{pid}/mountinfo")) else {
-        return;
-    };
-    let mounts: BTreeSet<&str> = table.lines().filter_map(|l| l.split(' ').next()).collect();
-    let entries = fs::read_dir(format!("/proc/{pid}/fd"))
-        .into_iter()
-        .flatten();
-    for entry in entries.flatten() {
-        let Ok(target) = fs::read_link(entry.path()) else {
-            continue;
-        };
-        let target = target.display().to_string();
-        // Pipes, sockets and their kin have no path; a stream may be null.
-        if !target.starts_with('/') || target.starts_with("/memfd:") || target.ends_with("/null") {
-            continue;
-        }
-        let number = entry.file_name().display().to_string();
-        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"));
-        let info = info.unwrap_or_default();
-        let id = info.lines().find_map(|l| l.strip_prefix("mnt_id:"));
-        if id.is_some_and(|id| !mounts.contains(id.trim())) {
-            let what = format!("{who}: descriptor {number}");
-            report.add(what, "of a mount of its own", target);
-        }
+        report.equal(format!("{who}: TracerPid"), &"0", &status.get("TracerPid"));
+        descriptors::inside(report, &who, pid, promised.forker);
     }
 }
 
@@ -312,8 +345,7 @@ pub fn strangers(report: &mut Report, promise: &Promise, all: &All, known: &BTre
             .map(|(n, _)| OWN[n])
             .collect();
         // Born or gone between two looks: of the pod it would be in a cgroup of it.
-        let lives = Status::of(*pid).is_some_and(|s| !s.ended());
-        if !joined.is_empty() && lives {
+        if !joined.is_empty() && status::lives(*pid) {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             let found = format!("in its {} namespace", joined.join(", "));
             report.add(

@@ -1,7 +1,6 @@
 //! What is promised. The shim says it through its operator service, as JSON.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -16,12 +15,46 @@ pub struct Promise {
     pub agent: Process,
     /// The pod's pause, where there is one.
     pub pause: Option<Process>,
+    /// Inode of the containers' user namespace.
+    pub users: Option<u64>,
+    /// Host id of the containers' root; 65536 ids from there on are theirs.
+    pub root: Option<u32>,
+    /// The pod's network.
+    pub network: Network,
     /// Its living containers.
     pub containers: Vec<Container>,
     /// Host pids of the forkers of those that have ended and weren't deleted yet.
     pub forkers: Vec<u32>,
     /// Who writes down what containers call, of those that are learned from.
     pub learners: Vec<Process>,
+}
+
+/// The network of a pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Network {
+    /// Inode of its namespace.
+    pub namespace: Option<u64>,
+    /// Rules in it, where there are any.
+    pub guard: Option<Vec<Rule>>,
+}
+
+/// A table, chain or rule of nftables, in the form that `casemate-netguard` gives.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// Which.
+    pub name: String,
+    /// What it says.
+    pub content: String,
+}
+
+impl From<casemate_netguard::Line> for Rule {
+    fn from(line: casemate_netguard::Line) -> Self {
+        Self {
+            name: line.name,
+            content: line.content,
+        }
+    }
 }
 
 /// A process of the runtime's.
@@ -32,12 +65,19 @@ pub struct Process {
     pub pid: u32,
     /// Host user id.
     pub uid: u32,
-    /// The most that it may be capable of: bits of capabilities(7).
+    /// What it is capable of: bits of capabilities(7).
     pub capabilities: u64,
     /// `no_new_privs` is set.
     pub no_new_privs: bool,
-    /// [`hash`] of each filter, the first installed in front.
+    /// [`hash`] of each filter, the first installed in front; it has no others.
     pub filters: Vec<String>,
+    /// Its cgroups' directories.
+    pub cgroups: Vec<String>,
+    /// It leaves no core file.
+    pub no_core: bool,
+    /// Directories and files whose descriptors it may have, with all below them,
+    /// beside what has no path. `None`: any.
+    pub files: Option<Vec<String>>,
 }
 
 /// A container.
@@ -61,10 +101,18 @@ pub struct Container {
     /// [`hash`] of each filter that all of its processes have, the first
     /// installed in front; they may have more of their own.
     pub filters: Vec<String>,
+    /// No process leaves a core file.
+    pub no_core: bool,
+    /// It is in a Landlock domain.
+    pub landlock: bool,
     /// Mounts and their flags.
     pub mounts: Vec<Mount>,
+    /// There are no other mounts.
+    pub no_other_mounts: bool,
     /// Paths that are hidden, where they are at all.
     pub masked: Vec<String>,
+    /// Paths that are read-only, where they are at all.
+    pub readonly: Vec<String>,
     /// Its cgroups' directories.
     pub cgroups: Vec<String>,
     /// What was last set there.
@@ -79,58 +127,17 @@ pub struct Mount {
     pub target: String,
     /// Flags that it has, as in mountinfo: `ro`, `nosuid`, `nodev`, `noexec`.
     pub flags: Vec<String>,
+    /// Type of its file system; empty: whatever it is on the host.
+    pub fstype: String,
+    /// Others that came with it are below.
+    pub with_below: bool,
+    /// It goes on receiving what the host mounts.
+    pub receives: bool,
 }
 
-/// Files of cgroups, and their content.
+/// Files of cgroups, and what was written there.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits(pub BTreeMap<String, String>);
-
-/// Files that hold limits, of v1 and v2.
-const LIMITS: [&str; 17] = [
-    "memory.limit_in_bytes",
-    "memory.memsw.limit_in_bytes",
-    "memory.soft_limit_in_bytes",
-    "memory.max",
-    "memory.high",
-    "memory.low",
-    "memory.swap.max",
-    "pids.max",
-    "cpu.cfs_quota_us",
-    "cpu.cfs_period_us",
-    "cpu.shares",
-    "cpu.max",
-    "cpu.weight",
-    "cpuset.cpus",
-    "cpuset.mems",
-    "devices.list",
-    "memory.oom_control",
-];
-
-/// A limit as the kernel shows it; of what has moving parts the settings alone.
-pub(crate) fn limit(file: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(file).ok()?;
-    let text = match file.ends_with("memory.oom_control") {
-        true => text.lines().next().unwrap_or_default(),
-        false => text.trim(),
-    };
-    Some(text.replace('\n', "; "))
-}
-
-impl Limits {
-    /// What is set in these directories now.
-    pub fn read<'a>(directories: impl Iterator<Item = &'a Path>) -> Self {
-        let mut all = BTreeMap::new();
-        for directory in directories {
-            for name in LIMITS {
-                let file = directory.join(name);
-                if let Some(value) = limit(&file) {
-                    all.insert(file.display().to_string(), value);
-                }
-            }
-        }
-        Self(all)
-    }
-}
 
 /// What stands for a filter (`struct sock_filter` array): SHA-256, in hex.
 pub fn hash(program: &[u8]) -> String {

@@ -16,6 +16,7 @@
 //! memfd beside the packet, and never the other way.
 #![forbid(unsafe_code)]
 
+pub mod capabilities;
 pub mod plan;
 mod transport;
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use casemate_protocol::capabilities::{AGENT, FORKER, SYS_ADMIN};
 use casemate_protocol::plan::{LaunchPlan, PodPlan, ProcessPlan};
 use casemate_sys::ident::{self, CapSets};
 use casemate_sys::landlock::{self, Handled, Ruleset, fs, net, scope};
@@ -9,40 +10,6 @@ use casemate_sys::{process, seccomp};
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::error::{At, StepError};
-
-const fn cap(n: u32) -> u64 {
-    1 << n
-}
-const CHOWN: u64 = cap(0);
-const DAC_OVERRIDE: u64 = cap(1);
-const DAC_READ_SEARCH: u64 = cap(2);
-const FOWNER: u64 = cap(3);
-const FSETID: u64 = cap(4);
-const KILL: u64 = cap(5);
-const SETGID: u64 = cap(6);
-const SETUID: u64 = cap(7);
-const SETPCAP: u64 = cap(8);
-const SYS_CHROOT: u64 = cap(18);
-const SYS_ADMIN: u64 = cap(21);
-
-/// What the agent and the assembling child use: mounts and namespaces
-/// (SYS_ADMIN, SYS_CHROOT), targets in an image of any owner (CHOWN, DAC_*,
-/// FOWNER, FSETID), ids (SET*ID, SETPCAP for securebits), reaping (KILL).
-const AGENT_CAPS: u64 = CHOWN
-    | DAC_OVERRIDE
-    | DAC_READ_SEARCH
-    | FOWNER
-    | FSETID
-    | KILL
-    | SETGID
-    | SETUID
-    | SETPCAP
-    | SYS_CHROOT
-    | SYS_ADMIN;
-
-/// What the forker itself needs, beside what its children may have: the ids
-/// of processes it forks.
-const FORKER_CAPS: u64 = SETGID | SETUID;
 
 const RLIMIT_CORE: u32 = 4;
 
@@ -56,10 +23,10 @@ pub fn agent(plan: &PodPlan) -> Result<(), StepError> {
         // Where the node's own hard limit is 0 already.
         .or_else(|_| process::set_limit(0, RLIMIT_CORE, 0, 0))
         .at("limit", "core size")?;
-    ident::limit_bounding(AGENT_CAPS).at("limit", "bounding set")?;
+    ident::limit_bounding(AGENT).at("limit", "bounding set")?;
     ident::set_caps(CapSets {
-        effective: AGENT_CAPS,
-        permitted: AGENT_CAPS,
+        effective: AGENT,
+        permitted: AGENT,
         inheritable: 0,
     })
     .at("set", "capabilities")?;
@@ -111,8 +78,8 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Option<OwnedFd>, St
     let own = seccomp::install_filter(filter, flags).at("install filter", "container")?;
     let listener = listener.or(own);
     let keep = match who {
-        Who::Forker if plan.own_filters => plan.bounding | FORKER_CAPS | SYS_ADMIN,
-        Who::Forker => plan.bounding | FORKER_CAPS,
+        Who::Forker if plan.own_filters => plan.bounding | FORKER | SYS_ADMIN,
+        Who::Forker => plan.bounding | FORKER,
         Who::Hook(_) => plan.bounding,
     };
     ident::set_caps(CapSets {

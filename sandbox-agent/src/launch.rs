@@ -11,7 +11,7 @@ use casemate_protocol::{Channel, FromForker, ToForker};
 use casemate_sys::mount::{self, Change, NewFs, attr, clone_tree, propagation};
 use casemate_sys::namespace::{self, kind};
 use casemate_sys::{ident, process};
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, makedev};
 
 use crate::confine::{self, NEW_ROOT, Who};
 use crate::early::{self, EarlyInit};
@@ -30,6 +30,8 @@ pub struct Container {
     pub me: Option<OwnedFd>,
     /// Of the filters of forker and first process, for the shim.
     pub listeners: Vec<OwnedFd>,
+    /// Shows whoever looks from outside that the forker is in a Landlock domain.
+    pub _witness: Option<OwnedFd>,
 }
 
 /// How proc of the container's pid namespace can be mounted.
@@ -45,6 +47,13 @@ enum Proc<'a> {
 /// Host ids of the container's root as seen from A: A is `0` the agent, `1…`
 /// the container's `0…`.
 const ROOT_IN_A: u32 = 1;
+
+/// Whether it is the null device (devices.txt).
+fn is_null(file: &OwnedFd) -> std::io::Result<bool> {
+    let stat = rustix::fs::fstat(file)?;
+    let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+    Ok(is_device && stat.st_rdev == makedev(1, 3))
+}
 
 /// Does everything up to the forker's lock-down, in the order that the
 /// kernel's rules dictate: cgroup, then its namespace; pid namespace, then
@@ -98,7 +107,20 @@ pub fn assemble(
     };
     let own = enter_locked(plan, &namespace_b, &Who::Forker)?;
     container.listeners = own.into_iter().chain(of_init).collect();
+    if plan.landlock {
+        container._witness = plan.masked.iter().find_map(|path| masking_device(path));
+    }
     Ok(container)
+}
+
+/// The null device that masks this path, if one does. With a file of a device the
+/// kernel remembers whether its opener's Landlock domain let it do ioctls, and asks
+/// that of whoever has a copy (Linux 6.10); outside of /dev it doesn't. It is the one
+/// trace of a domain that can be seen from outside.
+fn masking_device(path: &str) -> Option<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
+    is_null(&file).ok()?.then_some(file)
 }
 
 /// Tells the shim that this is the moment that the plan speaks of; what it
@@ -212,6 +234,7 @@ fn assemble_root(
         early,
         me: Some(me),
         listeners: Vec::new(),
+        _witness: None,
     })
 }
 
@@ -448,8 +471,7 @@ fn existing(rootfs: &OwnedFd, path: &str) -> Result<Option<OwnedFd>, StepError> 
 /// of that name in the image.
 fn null_device(staging: &OwnedFd) -> Result<OwnedFd, StepError> {
     let tree = clone_tree(staging, Path::new("dev/null"), false, false).at("clone", "/dev/null")?;
-    let stat = rustix::fs::fstat(tree.as_fd()).at("look at", "/dev/null")?;
-    if stat.st_rdev != rustix::fs::makedev(1, 3) {
+    if !is_null(&tree).at("look at", "/dev/null")? {
         return Err(StepError::invalid(
             "mask with",
             "/dev/null",

@@ -77,12 +77,20 @@ pub fn install_filter(program: &[u8], flags: u32) -> io::Result<Option<OwnedFd>>
 /// # Errors
 /// What the kernel answers: `EPERM` or `EACCES` without CAP_SYS_ADMIN or under a
 /// filter oneself, `EIO` without checkpointing in the kernel, `EBUSY` where it is
-/// traced already (as `EPERM`).
+/// traced already (as `EPERM`); `ETIMEDOUT` if it doesn't stop, as in a frozen cgroup of
+/// version 1.
 pub fn filters_of(pid: u32) -> io::Result<Vec<Vec<u8>>> {
+    // By a thread that ends: one that couldn't let go lets go then.
+    std::thread::scope(|scope| scope.spawn(|| traced_filters(pid)).join())
+        .map_err(|_| io::Error::other("the thread that reads filters has failed"))?
+}
+
+fn traced_filters(pid: u32) -> io::Result<Vec<Vec<u8>>> {
     const SEIZE: usize = 0x4206;
     const INTERRUPT: usize = 0x4207;
     const GET_FILTER: usize = 0x420c;
     const DETACH: usize = 17;
+    const TRIES: u32 = 5000;
     let trace = |request: usize, address: usize, data: usize| {
         // SAFETY: the one address of ours that is passed (GET_FILTER) is null, to
         // be told the length, or of a buffer of that length.
@@ -95,8 +103,20 @@ pub fn filters_of(pid: u32) -> io::Result<Vec<Vec<u8>>> {
     let read = || {
         trace(INTERRUPT, 0, 0)?;
         let mut status = 0;
-        // SAFETY: the kernel writes one int to the live local.
-        let r = unsafe { libc::waitpid(pid as i32, &raw mut status, libc::__WALL) };
+        let mut tries = 0;
+        let r = loop {
+            let flags = libc::__WALL | libc::WNOHANG;
+            // SAFETY: the kernel writes one int to the live local.
+            let r = unsafe { libc::waitpid(pid as i32, &raw mut status, flags) };
+            if r != 0 {
+                break r;
+            }
+            if tries == TRIES {
+                return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
+            }
+            tries += 1;
+            std::thread::sleep(std::time::Duration::from_micros(50));
+        };
         if r < 0 || !libc::WIFSTOPPED(status) {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }

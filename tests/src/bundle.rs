@@ -22,9 +22,6 @@ use crate::spec;
 use crate::stdio::{Reader, make_fifo};
 use crate::world::World;
 
-/// Has [`Task::finish`] compare each pod with its promise.
-const POSTURE_VARIABLE: &str = "CASEMATE_TEST_POSTURE";
-
 /// containerd namespace of all tasks made by hand.
 pub const NAMESPACE: &str = "casemate-test";
 
@@ -52,8 +49,8 @@ pub struct Task {
     pub stderr: Reader,
     /// What the shim wrote to its log.
     pub log: Reader,
-    /// With `CASEMATE_TEST_POSTURE` set, [`Task::finish`] fails if the pod isn't as its
-    /// shim promised. For tests that change it from outside: `false`.
+    /// [`Task::finish`] fails if the pod isn't as its shim promised. For tests that
+    /// change it from outside: `false`.
     pub posture: bool,
     booted: Option<(Answer, Client, u32)>,
 }
@@ -273,34 +270,20 @@ impl Task {
         left
     }
 
-    /// What somebody has changed about a living pod since it was made. Nothing of
-    /// a runtime that promises nothing, of a shim that doesn't answer, and of a
-    /// pod that has lost its agent.
-    fn deviations(&self) -> Vec<String> {
-        let wanted = std::env::var_os(POSTURE_VARIABLE).is_some();
-        if !wanted || !self.posture || !World::get().is_ok_and(World::is_casemate) {
-            return Vec::new();
+    /// Fails if the pod isn't as its shim promised. Nothing is said of a runtime that
+    /// promises nothing, of a shim that doesn't answer, and of a pod that has lost its
+    /// agent.
+    pub fn expect_posture(&self) -> Result<()> {
+        if !self.posture || !World::get().is_ok_and(World::is_casemate) {
+            return Ok(());
         }
-        let found = crate::operator::deviations(self, casemate_posture::Depth::Glance);
-        let found: Vec<String> = found.iter().flatten().map(ToString::to_string).collect();
-        let lost = |line: &String| line.starts_with("agent ") && line.contains("alive");
-        if found.iter().any(lost) {
-            Vec::new()
-        } else {
-            found
-        }
+        crate::operator::expect_as_promised(self.rpc()?)
     }
 
     /// Deletes and shuts down, then fails if anything is left after 5 s.
     pub fn finish(self) -> Result<()> {
+        self.expect_posture()?;
         let rpc = self.rpc()?;
-        let changed = self.deviations();
-        if !changed.is_empty() {
-            return Err(Failure::Unexpected(format!(
-                "the pod is not as promised: {}",
-                changed.join("; ")
-            )));
-        }
         let _ = rpc.kill(&self.id, 9, true);
         let _ = rpc.wait(&self.id, SHORT);
         let _ = rpc.delete(&self.id);

@@ -52,8 +52,55 @@ pub fn records(task: &Task, kind: &str) -> Result<Vec<Value>> {
 
 /// What isn't as the shim of this task promised.
 pub fn deviations(task: &Task, depth: Depth) -> Result<Vec<Deviation>> {
-    let said = ask(task.rpc()?, "Promise", &json!({}), SHORT)?;
-    let promise: Promise = serde_json::from_value(said)
-        .map_err(|error| Failure::Unexpected(format!("a promise that can't be read: {error}")))?;
-    Ok(casemate_posture::compare(&promise, depth))
+    deviations_from(task.rpc()?, depth)
+}
+
+/// The same of the pod whose shim this is a connection to.
+pub fn deviations_from(shim: &Client, depth: Depth) -> Result<Vec<Deviation>> {
+    Ok(casemate_posture::compare(&promise(shim)?, depth).deviations)
+}
+
+/// What the shim promises of its pod.
+pub fn promise(shim: &Client) -> Result<Promise> {
+    let said = ask(shim, "Promise", &json!({}), SHORT)?;
+    serde_json::from_value(said)
+        .map_err(|error| Failure::Unexpected(format!("a promise that can't be read: {error}")))
+}
+
+/// Fails if something isn't as the pod's shim promised; nobody is stopped for it.
+/// Nothing is said of a shim that doesn't answer, and of a pod that has lost its agent.
+pub fn expect_as_promised(shim: &Client) -> Result<()> {
+    let found = deviations_from(shim, Depth::Glance);
+    let found: Vec<String> = found.iter().flatten().map(ToString::to_string).collect();
+    let lost = |line: &String| line.starts_with("agent (") && line.contains("alive");
+    if found.is_empty() || found.iter().any(lost) {
+        return Ok(());
+    }
+    Err(Failure::Unexpected(format!(
+        "the pod is not as promised: {}",
+        found.join("; ")
+    )))
+}
+
+/// Has pods that a real containerd made compared, too.
+const POSTURE_VARIABLE: &str = "CASEMATE_TEST_POSTURE";
+
+/// The same of the living pod with this id, as the node's registry has it, where
+/// `CASEMATE_TEST_POSTURE` is set.
+pub fn expect_pod_as_promised(pod: &str) -> Result<()> {
+    if std::env::var_os(POSTURE_VARIABLE).is_none() {
+        return Ok(());
+    }
+    shim_of(pod).as_ref().map_or(Ok(()), expect_as_promised)
+}
+
+/// The shim of the living pod with this id, as the node's registry has it.
+fn shim_of(pod: &str) -> Option<Client> {
+    let entries = std::fs::read_dir("/run/casemate/pods").ok()?;
+    let socket = entries.flatten().find_map(|entry| {
+        let entry = parse(&std::fs::read_to_string(entry.path()).ok()?).ok()?;
+        let socket = entry["socket"].as_str()?;
+        (entry["pod"] == pod).then(|| socket.to_owned())
+    })?;
+    Client::connect(&format!("unix://{socket}"), 2).ok()
 }

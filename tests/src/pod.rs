@@ -56,6 +56,7 @@ pub fn end(task: Task) -> Result<()> {
 }
 
 fn remove(task: Task) -> Result<DeleteResponse> {
+    task.expect_posture()?;
     let rpc = task.rpc()?.clone();
     let _ = rpc.kill(&task.id, 9, true);
     rpc.wait(&task.id, SHORT)?;

@@ -175,6 +175,7 @@ impl Pod {
 
     /// Shuts down; shim and socket must go, and nothing be left.
     pub fn finish(self) -> Result<()> {
+        self.task.expect_posture()?;
         let socket = self.task.answer()?.socket();
         self.shutdown()?;
         self.task.wait_gone(Duration::from_secs(5))?;

@@ -44,5 +44,11 @@ pub fn base(views: &[(String, OwnedFd)]) -> std::io::Result<OwnedFd> {
     for (name, _) in views {
         rustix::fs::mkdirat(&tmpfs, name.as_str(), rustix::fs::Mode::from(0o755))?;
     }
+    // Nobody in the pod could write there, as the host's root owns it; and nobody shall.
+    let change = Change {
+        set: attr::RDONLY,
+        ..Change::default()
+    };
+    set_attributes(&tmpfs, change)?;
     Ok(tmpfs)
 }

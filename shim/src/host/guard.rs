@@ -70,6 +70,16 @@ impl PortLocks {
     }
 }
 
+/// What holds in a network namespace.
+pub struct Held {
+    /// Hears of refusals, where the kernel can tell of them.
+    pub watch: Option<Watch>,
+    /// The rules.
+    pub rules: Rules,
+    /// Refused packets are shown.
+    pub shows: bool,
+}
+
 impl Guard {
     /// By the pod's annotations and the node's configuration. `files` are those
     /// that a pod gets from us.
@@ -113,10 +123,8 @@ impl Guard {
     }
 
     /// Makes it hold in the calling thread's network namespace, which is `new` or
-    /// may have been another pod's before.
-    ///
-    /// What comes back hears of refusals, where the kernel can tell of them.
-    pub fn install(&self, new: bool) -> Result<Option<Watch>, SandboxError> {
+    /// may have been another pod's before. What now holds there, if anything does.
+    pub fn install(&self, new: bool) -> Result<Option<Held>, SandboxError> {
         if new && self.rules.is_empty() {
             return Ok(None);
         }
@@ -132,9 +140,14 @@ impl Guard {
                     );
                 }
                 let watch = (any && installed.shows).then(Watch::new);
-                return Ok(watch.and_then(|made| {
+                let watch = watch.and_then(|made| {
                     made.inspect_err(|e| log::warn!("refused connections are no events: {e}"))
                         .ok()
+                });
+                return Ok(Some(Held {
+                    watch,
+                    rules: self.rules.clone(),
+                    shows: installed.shows,
                 }));
             }
             Err(error) => error,

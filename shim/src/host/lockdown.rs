@@ -1,5 +1,7 @@
 //! The shim's own locks, once the pod is up: what it will never need again goes.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use casemate_cgroup::{Attach, Cgroup};
 use casemate_sys::ident::{self, CapSets};
 use casemate_sys::{bpf, seccomp};
@@ -39,11 +41,11 @@ fn devices_need_net_admin(cgroup: &Cgroup) -> Result<bool, SandboxError> {
     Ok(refused)
 }
 
-/// The most that the shim of a pod with such a cgroup keeps.
-pub fn kept(cgroup: &Cgroup) -> u64 {
-    let keep = KEPT.iter().fold(0u64, |set, cap| set | 1 << cap);
-    // Whether the kernel asks for it can't be tried any more.
-    keep | if cgroup.is_v2() { 1 << NET_ADMIN } else { 0 }
+static KEEPS: AtomicU64 = AtomicU64::new(0);
+
+/// What the shim keeps, once it is locked.
+pub fn kept() -> u64 {
+    KEEPS.load(Ordering::Relaxed)
 }
 
 /// Drops capabilities, forbids new privileges, installs the shim's filter.
@@ -57,6 +59,7 @@ pub fn lock(cgroup: &Cgroup) -> Result<(), SandboxError> {
     ident::limit_bounding(keep).step("limit", "the shim's bounding set")?;
     let now = ident::get_caps().step("read", "the shim's capabilities")?;
     let permitted = now.permitted & keep;
+    KEEPS.store(permitted, Ordering::Relaxed);
     ident::set_caps(CapSets {
         effective: permitted,
         permitted,

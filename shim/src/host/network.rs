@@ -6,7 +6,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use casemate_netguard::Watch;
+use casemate_netguard::{Line, Rules, Watch};
 use casemate_spec::Namespace;
 use casemate_sys::mount::{NewFs, attr, clone_tree};
 use casemate_sys::namespace::{self, kind};
@@ -24,6 +24,8 @@ pub struct Network {
     namespace: Option<OwnedFd>,
     host: OwnedFd,
     sysfs: OwnedFd,
+    /// What its guard was made to be.
+    guard: Option<(Rules, bool)>,
 }
 
 fn open_ns(path: &str) -> Result<OwnedFd, SandboxError> {
@@ -66,22 +68,27 @@ impl Network {
         let new = matches!(wanted, Namespace::New);
         let prepared =
             set_up(namespace.is_some(), new, container_root, sysctls).and_then(|sysfs| {
-                let mut watch = None;
+                let mut held = None;
                 if namespace.is_some() {
                     let locks = guard.port_locks();
                     if locks.connect.ports().or(locks.listen.ports()).is_some() {
                         without_ways_past_landlock()?;
                     }
-                    watch = guard.install(new)?;
+                    held = guard.install(new)?;
                 }
-                Ok((sysfs, watch))
+                Ok((sysfs, held))
             });
         back(&host);
-        let (sysfs, watch) = prepared?;
+        let (sysfs, held) = prepared?;
+        let (watch, guard) = match held {
+            Some(held) => (held.watch, Some((held.rules, held.shows))),
+            None => (None, None),
+        };
         let network = Network {
             namespace,
             host,
             sysfs,
+            guard,
         };
         Ok((network, watch))
     }
@@ -103,6 +110,18 @@ impl Network {
     /// The namespace; `None` is the host's.
     pub fn namespace(&self) -> Option<&OwnedFd> {
         self.namespace.as_ref()
+    }
+
+    /// What its guard was made to be, where there is one.
+    pub fn guard(&self) -> Option<Vec<Line>> {
+        let (rules, shows) = self.guard.as_ref()?;
+        Some(casemate_netguard::promised(rules, *shows))
+    }
+
+    /// Inode of the namespace that the pod is in.
+    pub fn identity(&self) -> Option<u64> {
+        let namespace = self.namespace.as_ref().unwrap_or(&self.host);
+        Some(rustix::fs::fstat(namespace).ok()?.st_ino)
     }
 
     /// One more detached, read-only mount of the namespace's /sys. A mount

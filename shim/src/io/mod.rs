@@ -8,6 +8,7 @@ mod target;
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -35,6 +36,18 @@ pub struct Paths {
     pub stderr: String,
     /// Whether the process gets a terminal.
     pub terminal: bool,
+}
+
+impl Paths {
+    /// Regular files that output goes to.
+    pub fn logs(&self) -> Vec<PathBuf> {
+        let targets = [&self.stdout, &self.stderr].map(|field| Target::parse(field));
+        let file = |target| match target {
+            Ok(Target::File(path)) => Some(path),
+            _ => None,
+        };
+        targets.into_iter().filter_map(file).collect()
+    }
 }
 
 /// Host ids that own the pipes, so that the container can reopen

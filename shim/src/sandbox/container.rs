@@ -24,7 +24,7 @@ use super::{
     ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned, cgroup_error,
     read_spec, record,
 };
-use super::{hooks, mounts, namespaces, place, promise, users, verify};
+use super::{hooks, mounts, namespaces, place, users, verify};
 use crate::bootstrap::journal::{Entry, Journal};
 use crate::host::Step;
 use crate::host::hooks::Runner;
@@ -67,8 +67,6 @@ pub struct Container {
     /// Nothing of it is left on the host.
     gone: AtomicBool,
     leftovers: Arc<Leftovers>,
-    /// As they were set last.
-    pub(super) limits: promise::Kept,
     /// Writes its calls down, where it is learned from.
     learner: Option<Learner>,
 }
@@ -159,7 +157,6 @@ pub(super) async fn create(
                 forker_pid,
                 forker_pidfd,
                 init,
-                limits: promise::kept(&cgroup),
                 cgroup,
                 staging: pod.staging.clone(),
                 directory,

@@ -31,7 +31,7 @@ pub struct Files {
 }
 
 /// What is there: name in the tmpfs, place in a container.
-const PLACES: [(&str, &str); 4] = [
+pub(super) const PLACES: [(&str, &str); 4] = [
     ("hostname", "/etc/hostname"),
     ("hosts", "/etc/hosts"),
     ("resolv.conf", "/etc/resolv.conf"),

@@ -156,9 +156,6 @@ pub async fn update(pod: Arc<Pod>, request: UpdateTaskRequest) -> Result<Empty, 
     crate::sandbox::keep_limits(cgroup, &resources)
         .await
         .map_err(|error| ShimError::Unknown(format!("update container {:?}: {error}", task.id)))?;
-    if let Some(container) = task.container() {
-        container.limits_changed();
-    }
     for note in notes {
         log::warn!("update container {}: {note}", task.id);
     }

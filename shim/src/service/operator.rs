@@ -117,13 +117,20 @@ impl MethodHandler for Promise {
 /// What living processes of the pod were promised to be.
 fn promise(pod: &Pod) -> Result<Value, ShimError> {
     let sandbox = pod.sandbox()?;
-    let mut promise = sandbox.promise();
-    for task in pod.tasks() {
+    let tasks = pod.tasks();
+    let bundles = tasks.iter().map(|task| task.bundle.clone());
+    let logs = tasks.iter().flat_map(|task| {
+        let execs = task.execs().into_iter().map(|exec| exec.paths.logs());
+        task.init.paths.logs().into_iter().chain(execs.flatten())
+    });
+    let files = bundles.chain([pod.bundle.clone()]).chain(logs);
+    let mut promise = sandbox.promise(files);
+    for task in &tasks {
         let Some(container) = task.container() else {
             continue;
         };
         let ended = task.init.facts().phase == Phase::Stopped;
-        let said = container.promise();
+        let said = container.promise(&sandbox);
         promise.learners.extend(container.learner_promise(&sandbox));
         if ended {
             promise.forkers.push(said.forker);

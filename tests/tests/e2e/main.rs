@@ -50,6 +50,7 @@ mod pods_life;
 mod policy;
 mod port_lock;
 mod posture;
+mod posture_changes;
 mod probes;
 mod probes_outside;
 mod probes_topics;
@@ -125,6 +126,7 @@ fn main() -> ExitCode {
         pods_life::trials(),
         port_lock::trials(),
         posture::trials(),
+        posture_changes::trials(),
         probes::trials(),
         probes_outside::trials(),
         hostile::trials(),

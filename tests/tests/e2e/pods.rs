@@ -418,8 +418,8 @@ fn pod_siblings_signal_but_do_not_trace() -> Outcome {
 
 fn pod_pause_is_out_of_reach() -> Outcome {
     casemate_only()?;
-    let pod = Pod::start("reach")?;
-    let a = pod.run("reach-a", &SLEEP, Pids::Pod)?;
+    let mut pod = Pod::start("reach")?;
+    let mut a = pod.run("reach-a", &SLEEP, Pids::Pod)?;
     let pid = init(&a)?;
     let get = |name: &str| procs::status_field(pod.pid, name).unwrap_or_default();
     for (name, wanted) in [
@@ -485,7 +485,9 @@ fn pod_pause_is_out_of_reach() -> Outcome {
     ensure_eq!(reached.len(), 3, "who answers inside: {text}");
     // Killed from outside it takes those who share with it along, and then ends
     // itself, as far as containerd sees.
-    let own = pod.run("reach-b", &SLEEP, Pids::Own)?;
+    let mut own = pod.run("reach-b", &SLEEP, Pids::Own)?;
+    // The end of the pod, which nothing is then promised of.
+    (pod.pause.posture, a.posture, own.posture) = (false, false, false);
     procs::signal(pod.pid, Signal::KILL);
     for task in [&a, &pod.pause] {
         let ended = task.rpc()?.wait(&task.id, Duration::from_secs(5))?;

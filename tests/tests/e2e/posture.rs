@@ -39,14 +39,14 @@ fn said(task: &Task) -> Result<(i32, Vec<String>), Stop> {
     Ok((output.code(), lines))
 }
 
-fn as_promised(task: &Task) -> Outcome {
+pub fn as_promised(task: &Task) -> Outcome {
     let (code, lines) = said(task)?;
     ensure!(code == 0 && lines.is_empty(), "exit {code}: {lines:?}");
     Ok(())
 }
 
 /// Exit code 1, and each part is in a line.
-fn names(task: &Task, parts: &[&str]) -> Outcome {
+pub fn names(task: &Task, parts: &[&str]) -> Outcome {
     let (code, lines) = said(task)?;
     ensure_eq!(code, 1, "exit code, with {lines:?}");
     for part in parts {
@@ -70,8 +70,11 @@ fn posture_of_pods_as_promised() -> Outcome {
     ensure_eq!(all["deviations"], json!([]), "deviations");
     let container = &all["promise"]["containers"][0];
     ensure_eq!(container["id"], json!(task.id), "container");
+    // What was set, and nothing else.
+    let limits = container["limits"].as_object();
+    let is_devices = |name: &String| name.ends_with("devices.list") || name.ends_with("program");
     ensure!(
-        container["limits"].as_object().is_some_and(|l| l.len() > 3),
+        limits.is_some_and(|l| l.len() == 1 && l.keys().all(is_devices)),
         "limits: {container}"
     );
     ensure_eq!(
@@ -114,7 +117,7 @@ fn posture_of_each_profile() -> Outcome {
     Ok(())
 }
 
-fn cgroup_file(task: &Task, name: &str) -> Result<std::path::PathBuf, Stop> {
+pub fn cgroup_file(task: &Task, name: &str) -> Result<std::path::PathBuf, Stop> {
     let mut all = leaks::cgroups_with(&task.id).into_iter();
     let found = all.find_map(|dir| {
         let path = std::path::Path::new(&dir);
@@ -137,8 +140,9 @@ fn posture_a_limit_that_was_changed() -> Outcome {
     let mut task = sleeper("limits")?;
     task.posture = false;
     let file = cgroup_file(&task, "pids.max")?;
+    crate::calls::update(&task, &json!({"pids": {"limit": 77}}))?;
     fs::write(&file, "123")?;
-    names(&task, &["limit pids.max", "found 123"])?;
+    names(&task, &["limit pids.max", "promised 77, found 123"])?;
     Ok(task.finish()?)
 }
 
@@ -158,7 +162,7 @@ fn entered(task: &Task, flags: &[&str]) -> Result<Child, Stop> {
     Ok(child)
 }
 
-fn end(mut child: Child) {
+pub fn end(mut child: Child) {
     let _ = child.kill();
     let _ = child.wait();
 }
@@ -200,11 +204,11 @@ fn posture_a_process_that_came_from_outside() -> Outcome {
 }
 
 /// Changes mounts from where init's mount namespace is the own one.
-fn in_mounts(task: &Task, args: &[&str]) -> Outcome {
+pub fn in_mounts(task: &Task, args: &[&str]) -> Outcome {
     let pid = init(task)?.to_string();
     let mut command = Command::new("nsenter");
     command
-        .args(["--target", &pid, "--mount", "/bin/busybox"])
+        .args(["--target", &pid, "--mount", "--pid", "/bin/busybox"])
         .args(args);
     casemate_tests::run::run(&mut command, &[], SHORT)?.ok()?;
     Ok(())
@@ -227,7 +231,8 @@ fn posture_a_mask_that_was_taken_away() -> Outcome {
     casemate_only()?;
     let mut task = sleeper("masks")?;
     task.posture = false;
-    in_mounts(&task, &["umount", "/proc/keys"])?;
+    // The forker has it open.
+    in_mounts(&task, &["umount", "-l", "/proc/keys"])?;
     names(&task, &["/proc/keys: promised hidden"])?;
     Ok(task.finish()?)
 }

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use casemate_spec::caps;
 use casemate_tests::bundle::Task;
 use casemate_tests::ledger;
 use casemate_tests::probes::{self, Answers, PROFILES, Table, WHO};
@@ -38,51 +39,6 @@ pub fn last_trials() -> Vec<libtest_mimic::Trial> {
 
 /// Answers by column, as far as they are known in this run.
 static KNOWN: Mutex<BTreeMap<String, Answers>> = Mutex::new(BTreeMap::new());
-
-/// All capabilities up to Linux 6.18.
-const CAPABILITIES: [&str; 41] = [
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_DAC_READ_SEARCH",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_SETGID",
-    "CAP_SETUID",
-    "CAP_SETPCAP",
-    "CAP_LINUX_IMMUTABLE",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_NET_BROADCAST",
-    "CAP_NET_ADMIN",
-    "CAP_NET_RAW",
-    "CAP_IPC_LOCK",
-    "CAP_IPC_OWNER",
-    "CAP_SYS_MODULE",
-    "CAP_SYS_RAWIO",
-    "CAP_SYS_CHROOT",
-    "CAP_SYS_PTRACE",
-    "CAP_SYS_PACCT",
-    "CAP_SYS_ADMIN",
-    "CAP_SYS_BOOT",
-    "CAP_SYS_NICE",
-    "CAP_SYS_RESOURCE",
-    "CAP_SYS_TIME",
-    "CAP_SYS_TTY_CONFIG",
-    "CAP_MKNOD",
-    "CAP_LEASE",
-    "CAP_AUDIT_WRITE",
-    "CAP_AUDIT_CONTROL",
-    "CAP_SETFCAP",
-    "CAP_MAC_OVERRIDE",
-    "CAP_MAC_ADMIN",
-    "CAP_SYSLOG",
-    "CAP_WAKE_ALARM",
-    "CAP_BLOCK_SUSPEND",
-    "CAP_AUDIT_READ",
-    "CAP_PERFMON",
-    "CAP_BPF",
-    "CAP_CHECKPOINT_RESTORE",
-];
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -165,9 +121,9 @@ fn under_casemate(profile: &str, who: &str) -> Result<Answers, Stop> {
     match who {
         "-all" => {
             for set in sets {
-                task.spec["process"]["capabilities"][set] = json!(CAPABILITIES.as_slice());
+                task.spec["process"]["capabilities"][set] = json!(caps::NAMES.as_slice());
             }
-            config += &format!("[capabilities]\nallow = {CAPABILITIES:?}\n");
+            config += &format!("[capabilities]\nallow = {:?}\n", caps::NAMES);
         }
         "-user" => {
             task.spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});

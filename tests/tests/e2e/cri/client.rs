@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use casemate_tests::operator;
 use casemate_tests::run::until;
 use casemate_tests::skip::{Outcome, Stop, fail};
 use casemate_tests::{Failure, leaks, world};
@@ -136,6 +137,7 @@ impl Cri {
             cri: self,
             id: reply.pod_sandbox_id,
             config,
+            posture: true,
             gone: false,
         })
     }
@@ -158,6 +160,9 @@ pub struct Pod<'a> {
     pub cri: &'a Cri,
     pub id: String,
     pub config: PodSandboxConfig,
+    /// [`Pod::remove`] fails if the pod isn't as its shim promised. For tests that
+    /// change it from outside: `false`.
+    pub posture: bool,
     gone: bool,
 }
 
@@ -375,8 +380,12 @@ impl Pod<'_> {
         Ok(())
     }
 
-    /// Stops and removes the pod; nothing of it may be left on the host.
+    /// Stops and removes the pod, which must be as promised until then; nothing of it
+    /// may be left on the host.
     pub fn remove(mut self) -> Outcome {
+        if self.posture {
+            operator::expect_pod_as_promised(&self.id)?;
+        }
         self.take_away()?;
         let id = self.id.clone();
         let _ = until("a clean host", Duration::from_secs(5), || {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use casemate_tests::ctr::Ctr;
 use casemate_tests::generation::Generation;
 use casemate_tests::image::catalog;
+use casemate_tests::operator;
 use casemate_tests::run::{Output, until};
 use casemate_tests::skip::{Outcome, Stop, fail};
 use casemate_tests::{ensure, ensure_eq, leaks, procs, world};
@@ -95,6 +96,7 @@ impl Task {
     }
 
     fn remove(self) -> Outcome {
+        operator::expect_pod_as_promised(&self.id)?;
         let _ = self.task(&["kill", "-s", "SIGKILL", &self.id])?;
         until("the task to stop", LONG, || {
             self.line()
