@@ -31,7 +31,9 @@ impl Sandbox {
     pub fn promise(&self, files: impl Iterator<Item = PathBuf>) -> posture::Promise {
         let roots = self.hierarchy.roots().map(Path::to_owned);
         let files = files.chain(roots).map(|path| path.display().to_string());
-        let own = [RUN.to_owned()].into_iter().chain(files);
+        // A pod that is learned from has the directory of recordings open.
+        let recordings = self.config.learn.directory.display().to_string();
+        let own = [RUN.to_owned(), recordings].into_iter().chain(files);
         posture::Promise {
             shim: posture::Process {
                 pid: std::process::id(),
