@@ -48,9 +48,18 @@ pub enum Who<'a> {
 /// Where a container is assembled, seen from the agent's root.
 pub const NEW_ROOT: &str = "/new";
 
-/// The container's lock-down. The listener of its filter comes back, where that
-/// asks one: from here on a refused call waits for who has it.
-pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Option<OwnedFd>, StepError> {
+/// What is left of [`container`]'s work.
+#[derive(Default)]
+pub struct Locked {
+    /// The listener of the filter, where that asks one: from here on a call that it
+    /// asks about waits for who has it.
+    pub listener: Option<OwnedFd>,
+    /// Shows whoever looks from outside that there is a Landlock domain.
+    pub witness: Option<OwnedFd>,
+}
+
+/// The container's lock-down.
+pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Locked, StepError> {
     ident::limit_bounding(plan.bounding).at("limit", "bounding set")?;
     if plan.no_new_privs {
         ident::set_no_new_privs().at("set", "no_new_privs")?;
@@ -58,6 +67,12 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Option<OwnedFd>, St
     if plan.landlock {
         landlock_container(plan, who).at("restrict with Landlock", "container")?;
     }
+    // Of the domain, so not before it, and not after a filter that may ask
+    // somebody about each open: nobody answers yet.
+    let witness = match who {
+        Who::Forker if plan.landlock => plan.masked.iter().find_map(|path| masking_device(path)),
+        Who::Forker | Who::Hook(_) => None,
+    };
     // Without no_new_privs the filter needs CAP_SYS_ADMIN, so it comes before
     // the capabilities go.
     // Signals don't interrupt a question that is being answered, so none
@@ -88,7 +103,17 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Option<OwnedFd>, St
         inheritable: plan.bounding,
     })
     .at("set", "capabilities")?;
-    Ok(listener)
+    Ok(Locked { listener, witness })
+}
+
+/// The null device that masks this path, if one does. With a file of a device the
+/// kernel remembers whether its opener's Landlock domain let it do ioctls, and asks
+/// that of whoever has a copy (Linux 6.10); outside of /dev it doesn't. It is the one
+/// trace of a domain that can be seen from outside.
+fn masking_device(path: &str) -> Option<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
+    crate::launch::is_null(&file).ok()?.then_some(file)
 }
 
 /// Everything below the root as the mounts and modes allow it, but: devices

@@ -182,7 +182,7 @@ fn live(
         ));
     }
     rustix::process::chdir("/").at("change to", "/")?;
-    let listener = launch::enter_locked(plan, namespace_b, &Who::Forker)?;
+    let listener = launch::enter_locked(plan, namespace_b, &Who::Forker)?.listener;
     let listeners: Vec<_> = listener.iter().map(AsFd::as_fd).collect();
     spawn::prepared(socket, &listeners)?;
     drop(listeners);

@@ -13,7 +13,7 @@ use casemate_sys::namespace::{self, kind};
 use casemate_sys::{ident, process};
 use rustix::fs::{CWD, FileType, Mode, OFlags, makedev};
 
-use crate::confine::{self, NEW_ROOT, Who};
+use crate::confine::{self, Locked, NEW_ROOT, Who};
 use crate::early::{self, EarlyInit};
 use crate::error::{At, StepError};
 use crate::hook::Runner;
@@ -49,7 +49,7 @@ enum Proc<'a> {
 const ROOT_IN_A: u32 = 1;
 
 /// Whether it is the null device (devices.txt).
-fn is_null(file: &OwnedFd) -> std::io::Result<bool> {
+pub fn is_null(file: &OwnedFd) -> std::io::Result<bool> {
     let stat = rustix::fs::fstat(file)?;
     let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
     Ok(is_device && stat.st_rdev == makedev(1, 3))
@@ -106,21 +106,9 @@ pub fn assemble(
         None => None,
     };
     let own = enter_locked(plan, &namespace_b, &Who::Forker)?;
-    container.listeners = own.into_iter().chain(of_init).collect();
-    if plan.landlock {
-        container._witness = plan.masked.iter().find_map(|path| masking_device(path));
-    }
+    container.listeners = own.listener.into_iter().chain(of_init).collect();
+    container._witness = own.witness;
     Ok(container)
-}
-
-/// The null device that masks this path, if one does. With a file of a device the
-/// kernel remembers whether its opener's Landlock domain let it do ioctls, and asks
-/// that of whoever has a copy (Linux 6.10); outside of /dev it doesn't. It is the one
-/// trace of a domain that can be seen from outside.
-fn masking_device(path: &str) -> Option<OwnedFd> {
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = rustix::fs::open(path, flags, Mode::empty()).ok()?;
-    is_null(&file).ok()?.then_some(file)
 }
 
 /// Tells the shim that this is the moment that the plan speaks of; what it
@@ -143,13 +131,12 @@ fn wait_for_shim(channel: &Channel) -> Result<Vec<OwnedFd>, StepError> {
 }
 
 /// Enters the container's user namespace and takes the container's locks: the
-/// last step of whoever is to run, or to fork, what a tenant brought. What comes
-/// back is the listener of its filter, where that asks one.
+/// last step of whoever is to run, or to fork, what a tenant brought.
 pub fn enter_locked(
     plan: &LaunchPlan,
     namespace_b: &OwnedFd,
     who: &Who<'_>,
-) -> Result<Option<OwnedFd>, StepError> {
+) -> Result<Locked, StepError> {
     namespace::enter(namespace_b, kind::USER).at("enter", "the container's user namespace")?;
     ident::set_groups(&[]).at("set", "groups")?;
     ident::set_gid(0).at("set", "gid")?;
