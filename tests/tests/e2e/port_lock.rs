@@ -161,11 +161,13 @@ fn port_lock_holds_the_older_way() -> Outcome {
 
 fn port_lock_of_a_pod_is_its_containers() -> Outcome {
     landlock_has_ports()?;
-    let pod = Pod::with("portpod", |pause| with_lists(pause, EGRESS, INGRESS))?;
+    let mut pod = Pod::with("portpod", |pause| with_lists(pause, EGRESS, INGRESS))?;
     let _listeners = listeners(pod.pid)?;
     unguard(pod.pid)?;
+    pod.pause.posture = false;
     for (name, pids) in [("a", Pids::Own), ("b", Pids::Pod)] {
-        let member = pod.run(name, &["/bin/probe", "sleep"], pids)?;
+        let mut member = pod.run(name, &["/bin/probe", "sleep"], pids)?;
+        member.posture = false;
         ensure_eq!(attempts(&member, "e")?, locked(), "container {name}");
         pod.remove(member)?;
     }
