@@ -10,6 +10,7 @@
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd, SELinux or no nf_tables
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
+#   make docs            what the pages tell to type, and their links, tried
 #   make docs-tables     the pages of docs/ that are made of tables in the code
 #   make probes          docs/security-probes.md: what attackers try, here and under runc
 #   make bench           times and memory beside runc, crun, runsc
@@ -24,7 +25,7 @@ BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
 VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux bookworm:bare sid sid:systemd sid:selinux sid:bare
 
-.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility vm-test docs-tables probes run bench dist clean
+.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility vm-test docs docs-tables probes run bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -82,6 +83,12 @@ compatibility: quick
 vm-test: quick
 	$(CARGO) test --profile quick --locked -p casemate-tests --test e2e --no-run
 	@TARGET=$(abspath $(TARGET)/quick) scripts/vm-test.sh $(VM_SUITES)
+
+# The links of all pages, and what stands in blocks that say "sh test".
+docs: quick
+	$(CARGO) test --profile quick --locked -p casemate-tests --lib pages_
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
+	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- pages_
 
 docs-tables:
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-spec --test documents

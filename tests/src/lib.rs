@@ -20,6 +20,7 @@ pub mod leaks;
 pub mod ledger;
 pub mod node;
 pub mod operator;
+pub mod pages;
 pub mod pod;
 pub mod probes;
 pub mod procs;

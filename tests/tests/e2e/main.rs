@@ -44,6 +44,7 @@ mod loggers;
 mod lsm;
 mod oci;
 mod operator;
+mod pages;
 mod pause;
 mod pods;
 mod pods_life;
@@ -106,6 +107,7 @@ fn main() -> ExitCode {
         daemon::trials(),
         oci::trials(),
         operator::trials(),
+        pages::trials(),
         broker::trials(),
         learn::trials(),
         learn_bounds::trials(),
