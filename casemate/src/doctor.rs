@@ -34,7 +34,10 @@ pub struct Doctor {
 
 /// Looks, and tells.
 pub fn run(options: &Doctor) -> Result<i32, RunError> {
-    let found = diagnose(&options.config);
+    let mut found = diagnose(&options.config);
+    found
+        .problems
+        .extend(crate::profile::problems(&options.config));
     let text = if options.json {
         let object = serde_json::to_string(&found).map_err(std::io::Error::from);
         object.step("write", "the findings")? + "\n"

@@ -10,6 +10,7 @@ mod install;
 mod network;
 mod operator;
 mod posture;
+mod profile;
 mod ps;
 mod rootfs;
 mod run;
@@ -49,6 +50,9 @@ enum Command {
     /// Compare a living pod with what was promised of it
     #[command(after_help = posture::EXAMPLES)]
     Posture(posture::Posture),
+    /// Make profiles of what pods were seen to do, and compare them
+    #[command(after_help = profile::EXAMPLES)]
+    Profile(profile::Profile),
     /// Set up the programs and containerd on this node, and see that it works
     #[command(after_help = install::INSTALL_EXAMPLES)]
     Install(Box<install::Install>),
@@ -111,6 +115,7 @@ fn main() {
         Command::Events(options) => (events::run(&options), OWN_FAILURE),
         Command::Network(options) => (network::run(&options), OWN_FAILURE),
         Command::Posture(options) => (posture::run(&options), OWN_FAILURE),
+        Command::Profile(options) => (profile::run(&options), OWN_FAILURE),
         Command::Why(options) => (why::run(&options), OWN_FAILURE),
         Command::Install(options) => (install::install(&options), 1),
         Command::Uninstall(options) => (install::uninstall(&options), 1),

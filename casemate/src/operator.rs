@@ -207,6 +207,11 @@ impl Operator {
         self.ask("Records", &ask, wait).await
     }
 
+    /// What was learned from it; null where nothing is.
+    pub async fn recording(&self) -> Result<Value, RunError> {
+        self.ask("Recording", &json!({}), Duration::ZERO).await
+    }
+
     /// Counts of refused calls.
     pub async fn denials(&self) -> Result<Value, RunError> {
         self.ask("Denials", &json!({}), Duration::ZERO).await

@@ -12,6 +12,10 @@ use crate::oci::{NATIVE_ARCHITECTURE, OciArg, OciSeccomp, OciSyscall};
 use crate::profile::{ArgSet, Condition, Op, Profile, Rule, Width, alternatives};
 use crate::table;
 
+/// What runc's own init calls once it has installed a container's filter, before it
+/// executes (of 1.1.5, with no_new_privs): a filter for other runtimes lets it.
+pub const RUNTIME: &[&str] = &["fstatfs", "getdents64"];
+
 /// A rule that the other form has no words for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -40,6 +44,9 @@ pub fn toml(profile: &Profile) -> String {
 fn write_toml(out: &mut String, profile: &Profile) -> std::fmt::Result {
     writeln!(out, "name = {}", quoted(&profile.name))?;
     writeln!(out, "description = {}", quoted(&profile.description))?;
+    if let Some(within) = &profile.within {
+        writeln!(out, "within = {}", quoted(within))?;
+    }
     writeln!(out, "default = \"{}\"", profile.default)?;
     writeln!(out, "unknown = \"{}\"", profile.unknown)?;
     writeln!(out, "x32 = \"{}\"", profile.x32)?;

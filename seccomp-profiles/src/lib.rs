@@ -25,8 +25,10 @@ mod graph;
 mod hash;
 pub mod interp;
 pub mod minimal;
+pub mod node;
 pub mod observed;
 pub mod oci;
+mod prepared;
 pub mod profile;
 pub mod program;
 pub mod recording;
@@ -35,6 +37,7 @@ mod shipped;
 pub mod stack;
 pub mod surface;
 pub mod table;
+mod within;
 
 pub use action::Action;
 pub use compare::{check, diff};
@@ -44,9 +47,11 @@ pub use graph::TooLarge;
 pub use hash::Hash;
 pub use minimal::minimal;
 pub use observed::{Kind, Observed};
+pub use prepared::Prepared;
 pub use profile::{Profile, ProfileError};
 pub use program::{Program, SockFilter};
 pub use recording::{Recording, RecordingError};
 pub use shipped::{
     shipped, shipped_explainer, shipped_names, shipped_program, shipped_program_as, shipped_text,
 };
+pub use within::{Beyond, beyond};

@@ -18,7 +18,9 @@ pub const BASE: &[(&str, &[[u64; 3]])] = &[
     ("lseek", &[]),
     ("open", &[]),
     ("openat", &[]),
+    ("openat2", &[]),
     ("faccessat", &[]),
+    ("faccessat2", &[]),
     ("fcntl", &[]),
     ("dup2", &[]),
     ("close_range", &[]),
@@ -164,6 +166,7 @@ pub fn minimal(name: &str, observed: &Observed, node: &Profile) -> Profile {
     Profile {
         name: name.to_owned(),
         description: format!("what was seen, within {}", node.name),
+        within: Some(node.within.clone().unwrap_or_else(|| node.name.clone())),
         default: node.default,
         unknown: node.unknown,
         x32: node.x32,

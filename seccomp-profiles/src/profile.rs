@@ -49,6 +49,10 @@ pub struct Profile {
     pub name: String,
     /// Whom it is for and what it trades.
     pub description: String,
+    /// Of a profile of a node: which shipped profile it is within, whose other locks
+    /// come with it ([`crate::node`]).
+    #[serde(default)]
+    pub within: Option<String>,
     /// The answer to a named call that no rule matches.
     pub default: Action,
     /// The answer to a number that has no name; `ENOSYS` unless set.

@@ -353,6 +353,13 @@ impl Recording {
         }
     }
 
+    /// Says that it is of this pod, too.
+    pub fn name_pod(&mut self, pod: Pod) {
+        if self.pods.len() < Self::PODS {
+            self.pods.insert(pod);
+        }
+    }
+
     /// Of which pods it is; of more than [`Recording::PODS`] only those.
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods.iter()
@@ -401,9 +408,7 @@ impl Recording {
     /// As [`Recording::add`].
     pub fn merge(&mut self, other: Self) -> Result<(), RecordingError> {
         for pod in other.pods {
-            if self.pods.len() < Self::PODS {
-                self.pods.insert(pod);
-            }
+            self.name_pod(pod);
         }
         for (name, container) in other.containers {
             self.add(&name, container)?;

@@ -13,7 +13,8 @@ use proptest::prelude::*;
 use seccomp_profiles::interp::{self, SeccompData};
 use seccomp_profiles::profile::{ArgSet, Condition, Group, Op, Rule, Width};
 use seccomp_profiles::{
-    Action, Explainer, Form, Profile, Program, SockFilter, compile, compile_as, reference, table,
+    Action, Explainer, Form, Profile, Program, SockFilter, beyond, compile, compile_as, reference,
+    table,
 };
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -97,6 +98,7 @@ fn a_profile(
             Profile {
                 name: "random".to_owned(),
                 description: String::new(),
+                within: None,
                 default,
                 unknown,
                 x32,
@@ -142,6 +144,47 @@ fn check(profile: &Profile) -> Result<(), TestCaseError> {
         }
     }
     Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Who is told to be within another one lets nothing more run.
+    #[test]
+    fn a_profile_within_another_allows_no_more(
+        outer in a_profile(1..4, 1..4),
+        turned in prop::collection::vec(any::<(bool, bool, bool)>(), 4),
+        extra in an_arg(),
+    ) {
+        let mut inner = outer.clone();
+        for (group, (refuse, bare, narrow)) in inner.groups.iter_mut().zip(turned) {
+            if refuse {
+                group.action = Action::Errno(1);
+            }
+            for rule in &mut group.rules {
+                if bare {
+                    rule.args.clear();
+                }
+                if narrow {
+                    rule.args.push(extra.clone());
+                }
+            }
+        }
+        let (one, two) = (compile(&inner).unwrap(), compile(&outer).unwrap());
+        let runs = |program: &Program, data: &SeccompData| {
+            matches!(verdict(program, data), Action::Allow | Action::Log)
+        };
+        if beyond(&one, &two).is_none() {
+                for (nr, _) in table::SYSCALLS {
+                    for data in some_calls_of(&inner, *nr, 100)
+                        .iter()
+                        .chain(&some_calls_of(&outer, *nr, 100))
+                    {
+                        prop_assert!(!runs(&one, data) || runs(&two, data), "{:x?}", data);
+                    }
+                }
+        }
+    }
 }
 
 proptest! {

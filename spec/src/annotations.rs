@@ -265,7 +265,11 @@ impl Annotations {
                 ProfileName::Named(name) => match profiles.iter().find(|p| p.name == *name) {
                     Some(profile) => profile.within,
                     None => {
-                        let detail = format!("{name} is no profile of this node");
+                        let file = config.profiles.directory.join(format!("{name}.toml"));
+                        let detail = format!(
+                            "{name} is no profile of this node, as there is no {}",
+                            file.display()
+                        );
                         return Err(Refusal::new(
                             &ANNOTATION_VALUE,
                             Key::Profile.field(),

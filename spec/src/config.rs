@@ -11,6 +11,7 @@ mod host_paths;
 mod images;
 mod learn;
 mod network;
+mod profiles;
 mod schema;
 mod secrets;
 mod sysctls;
@@ -33,6 +34,7 @@ pub use host_paths::HostPaths;
 pub use images::Images;
 pub use learn::Learn;
 pub use network::{Metadata, Network, WithoutNftables};
+pub use profiles::Profiles;
 pub use schema::schema;
 pub use secrets::{Secrets, Token};
 pub use sysctls::Sysctls;
@@ -85,6 +87,8 @@ pub struct Config {
     pub broker: Broker,
     /// Recordings of what pods do.
     pub learn: Learn,
+    /// Profiles that the node has beside the shipped ones.
+    pub profiles: Profiles,
 }
 
 /// Which of the kernel's ways to take, where it has several.
@@ -480,6 +484,7 @@ impl Config {
             }
         }
         self.network.check()?;
+        self.profiles.check()?;
         if !(1..=3600).contains(&self.hooks.timeout) {
             return invalid(
                 "hooks.timeout",

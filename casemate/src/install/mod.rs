@@ -9,7 +9,7 @@ mod binaries;
 mod config;
 mod containerd;
 mod effective;
-mod files;
+pub mod files;
 mod grpc;
 mod journal;
 mod layout;

@@ -10,6 +10,7 @@ use casemate_spec::{
     Tightened,
 };
 use casemate_sys::mount::attr;
+use seccomp_profiles::{Form, Prepared};
 
 use crate::sandbox::SandboxError;
 
@@ -66,7 +67,7 @@ pub fn pod(spec: &Tightened, pod_id: &str) -> Result<PodPlan, SandboxError> {
 
 /// The container's part. `staging` names its directory there.
 pub fn container(
-    spec: &Tightened,
+    (spec, profile): (&Tightened, &Prepared),
     config: &Config,
     staging: &str,
     landlock: bool,
@@ -153,7 +154,7 @@ pub fn container(
         readonly: spec.readonly_paths.clone(),
         readonly_root: spec.readonly_rootfs,
         bounding: process.caps.bounding,
-        filter: program(&spec.effective.profile_name)?,
+        filter: profile.program(Form::Enforce).to_vec(),
         landlock,
         older_kernel: config.kernel.older_ways,
         landlock_reads: spec.effective.profile == Profile::Strict,

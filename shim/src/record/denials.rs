@@ -7,7 +7,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use casemate_protocol::Denial;
 use seccomp_profiles::interp::SeccompData;
-use seccomp_profiles::{Action, Explainer, RuleInfo, errno, shipped_explainer};
+use seccomp_profiles::node::WORKLOADS;
+use seccomp_profiles::{Action, Prepared, RuleInfo, errno, shipped_explainer};
 use serde_json::{Value, json};
 
 use super::{Record, class};
@@ -20,18 +21,14 @@ const NR_MAX: u32 = 1 << 16;
 const COUNT_MAX: u64 = 1 << 32;
 /// Between two records of one sort.
 const RECORD_EACH: Duration = Duration::from_secs(10);
-/// Profiles, tightest first.
-const PROFILES: [&str; 3] = ["strict", "default", "compat"];
 
 /// A container whose refusals are counted.
 #[derive(Debug)]
 pub struct Container {
     /// Its id.
     pub id: String,
-    /// Name of its profile.
-    pub profile: String,
-    /// What its rules are.
-    pub explainer: Explainer,
+    /// Its profile.
+    pub profile: Arc<Prepared>,
     /// The specification has a filter of its own.
     pub own: bool,
 }
@@ -65,7 +62,7 @@ pub struct Denials {
 }
 
 fn rule_of(container: &Container, rule: u16) -> Option<&RuleInfo> {
-    container.explainer.rules().get(usize::from(rule))
+    container.profile.explainer().rules().get(usize::from(rule))
 }
 
 /// What stands for a rule where only the specification's filter refuses.
@@ -101,7 +98,7 @@ impl Denials {
         let now = Instant::now();
         let mut records = Vec::new();
         for denial in list {
-            let known = usize::from(denial.rule) < container.explainer.rules().len();
+            let known = usize::from(denial.rule) < container.profile.explainer().rules().len();
             if !known && denial.rule != u16::MAX {
                 return Err("a rule that the profile doesn't have");
             }
@@ -192,7 +189,7 @@ fn told(sort: &Sort, count: &Count) -> Value {
     let reason = rule.map(|rule| &*rule.reason);
     json!({
         "container": count.container.id,
-        "profile": count.container.profile,
+        "profile": count.container.profile.name(),
         "syscall": class::syscall(sort.nr),
         "class": class_of(sort),
         "rule": rule_id(sort, rule),
@@ -209,13 +206,14 @@ fn told(sort: &Sort, count: &Count) -> Value {
     })
 }
 
-/// The tightest of the profiles looser than `profile` under which the call passes.
-fn allowed_by(sort: &Sort, profile: &str) -> Option<&'static str> {
+/// The tightest of the shipped profiles looser than `profile` under which the call
+/// passes; of those of the node, all are.
+fn allowed_by(sort: &Sort, profile: &Prepared) -> Option<&'static str> {
     let data = SeccompData::x86_64(sort.nr, class::restore(sort.nr, sort.args));
-    let own = PROFILES.iter().position(|name| *name == profile)?;
-    PROFILES
+    let own = WORKLOADS.iter().position(|name| *name == profile.name());
+    WORKLOADS
         .into_iter()
-        .skip(own + 1)
+        .skip(own.map_or(0, |own| own + 1))
         .find(|name| shipped_explainer(name).is_some_and(|e| e.explain(&data).is_none()))
 }
 
@@ -227,8 +225,7 @@ mod tests {
     fn container(profile: &str) -> Arc<Container> {
         Arc::new(Container {
             id: "c".into(),
-            profile: profile.into(),
-            explainer: shipped_explainer(profile).unwrap(),
+            profile: Arc::new(Prepared::shipped(profile).unwrap()),
             own: false,
         })
     }

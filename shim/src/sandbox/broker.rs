@@ -12,7 +12,7 @@ use casemate_protocol::plan::BrokerPlan;
 use casemate_protocol::{Channel, FromAgent, ToAgent, TransportError, seal_plan};
 use casemate_spec::Tightened;
 use seccomp_profiles::stack::stack;
-use seccomp_profiles::{Action, Form, Program, shipped_explainer, shipped_program_as};
+use seccomp_profiles::{Action, Form, Prepared, Program};
 use tokio::io::Interest;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -50,9 +50,12 @@ fn lock(book: &Mutex<Book>) -> MutexGuard<'_, Book> {
     book.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The filters of a container, beside its profile's plain one.
-#[derive(Debug, Clone, Default)]
+/// The filters of a container: its profile, and what is made of it and of the
+/// specification's.
+#[derive(Debug, Clone)]
 pub struct Filters {
+    /// Whose they are.
+    pub profile: Arc<Prepared>,
     /// In place of the profile's, for the forker and so for all of the container:
     /// asks a listener. Empty: there is no broker.
     pub asks: Vec<u8>,
@@ -66,10 +69,14 @@ impl Filters {
     /// Of a profile, and the specification's filter, which with a broker leaves it
     /// to the listener to refuse what either of the two does. (Where that is too
     /// large a program it refuses by itself, and is not heard of.)
-    pub fn of(spec: &Tightened, broker: bool) -> Result<Filters, SandboxError> {
-        let profile = &spec.effective.profile_name;
+    pub fn of(
+        spec: &Tightened,
+        profile: Arc<Prepared>,
+        broker: bool,
+    ) -> Result<Filters, SandboxError> {
         let (written, flags) = plan::filter(spec.seccomp.as_ref(), spec.effective.learn)?;
         let mut filters = Filters {
+            profile,
             asks: Vec::new(),
             own: (written.clone(), flags),
             written,
@@ -78,11 +85,8 @@ impl Filters {
         if !broker || spec.effective.learn {
             return Ok(filters);
         }
-        let asks = shipped_program_as(profile, Form::Notify).ok_or_else(|| {
-            SandboxError::Failed(format!("profile \"{profile}\" isn't in this binary"))
-        })?;
-        filters.asks = asks.to_vec();
-        if let Some(asks) = Program::from_bytes(asks)
+        filters.asks = filters.profile.program(Form::Notify).to_vec();
+        if let Some(asks) = Program::from_bytes(&filters.asks)
             && let Some(own) = Program::from_bytes(&filters.written)
             && !filters.written.is_empty()
             && let Ok(stacked) = stack(&asks, &own)
@@ -95,16 +99,13 @@ impl Filters {
 }
 
 fn broker_plan(container: &Container, own: &[u8]) -> Result<OwnedFd, SandboxError> {
-    let name = &container.profile;
-    let program = shipped_program_as(name, Form::Explain)
-        .ok_or_else(|| SandboxError::Failed(format!("profile \"{name}\" isn't in this binary")))?;
     let errno = |action| match action {
         Action::Errno(number) => number,
         _ => 0,
     };
-    let rules = container.explainer.rules();
+    let rules = container.profile.explainer().rules();
     seal_plan(&BrokerPlan {
-        program: program.to_vec(),
+        program: container.profile.program(Form::Explain).to_vec(),
         errnos: rules.iter().map(|rule| errno(rule.action)).collect(),
         classes: class::masks(),
         own: own.to_vec(),
@@ -137,22 +138,18 @@ impl Broker {
     pub fn take(
         &self,
         id: &str,
-        (profile, own): (&str, &[u8]),
+        (profile, own): (&Arc<Prepared>, &[u8]),
         listeners: Vec<OwnedFd>,
     ) -> Result<(), SandboxError> {
         for listener in &listeners {
             is_listener(listener)?;
         }
-        let explainer = shipped_explainer(profile).ok_or_else(|| {
-            SandboxError::Failed(format!("profile \"{profile}\" isn't in this binary"))
-        })?;
         let container = Arc::new(Container {
             id: id.to_owned(),
-            profile: profile.to_owned(),
-            explainer,
+            profile: profile.clone(),
             own: !own.is_empty(),
         });
-        let key = (profile.to_owned(), casemate_posture::hash(own));
+        let key = (profile.name().to_owned(), casemate_posture::hash(own));
         let number = {
             let mut book = lock(&self.book);
             if !book.plans.contains_key(&key) {

@@ -101,12 +101,8 @@ pub(super) async fn create(
     pod: &Sandbox,
     request: ContainerRequest,
 ) -> Result<(Arc<Container>, Spawned), SandboxError> {
-    let mut spec = read_spec(
-        &request.bundle,
-        &request.id,
-        &pod.config,
-        pod.asked.as_ref(),
-    )?;
+    let mut spec = read_spec(&request.bundle, &request.id, pod.under())?;
+    let profile = pod.profiles.get(&spec.effective.profile_name)?;
     let joined = namespaces::check(
         &spec.namespaces,
         pod.agent.pid,
@@ -114,7 +110,7 @@ pub(super) async fn create(
         || pod.pid_namespaces(),
     )?;
     users::check(spec.users.as_ref(), pod.users.as_ref(), &pod.userns)?;
-    let filters = Filters::of(&spec, pod.broker.is_some())?;
+    let filters = Filters::of(&spec, profile, pod.broker.is_some())?;
     let sources = sources::open(&mut spec, &pod.config.host_paths, &request.bundle)?;
     let directory = {
         let mut next = pod.next.lock().unwrap_or_else(PoisonError::into_inner);
@@ -208,7 +204,8 @@ async fn launch(
             log::warn!("container {}: {warning}", request.id);
         }
     }
-    let mut plan = mounts::stage(pod, request, spec, cgroup, (directory, sources))?;
+    let specs = (spec, &*filters.profile);
+    let mut plan = mounts::stage(pod, request, specs, cgroup, (directory, sources))?;
     plan.joins_pids = joined.is_some();
     plan.shares_network = pod.network.namespace().is_none();
     pod.ports.lock(&mut plan);
@@ -272,7 +269,7 @@ async fn launch(
         let made = Learner::start(pod, &request.id, spec, (&plan.filter, others)).await?;
         learner = Some(made);
     } else if let Some(broker) = &pod.broker {
-        let profile = (&*spec.effective.profile_name, &*filters.written);
+        let profile = (&filters.profile, &*filters.written);
         broker.take(&request.id, profile, others)?;
     }
     let forker_pid = verify::child(&forker_pidfd, pod.agent.pid)?.ok_or_else(ended)?;

@@ -35,6 +35,7 @@ impl Container {
             "usage": usage(&self.cgroup),
             "profile": self.spec.effective.profile_name,
             "learning": self.spec.effective.learn,
+            "profile_hash": self.filters.profile.hash().to_string(),
             "no_new_privs": self.spec.process.no_new_privs,
             "own_filter": !self.filters.own.0.is_empty(),
             "capabilities": casemate_spec::caps::names(caps.bounding),

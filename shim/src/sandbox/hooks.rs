@@ -15,6 +15,7 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use super::forker::{Forker, Reply};
+use super::profiles::Profiles;
 use super::{ChildStdio, ContainerRequest, Exit, KILL, Sandbox, SandboxError, Spawned};
 use crate::host::Step;
 use crate::host::hooks::{self, Runner};
@@ -245,7 +246,9 @@ pub fn after_death(bundle: &Path, id: &str) -> Vec<String> {
     }
     let read = || {
         let config = super::read_config()?;
-        let spec = super::read_spec(bundle, id, &config, None)?;
+        // Which calls it may make is nobody's question any more.
+        let profiles = Profiles::any(&config);
+        let spec = super::read_spec(bundle, id, (&config, None, &profiles))?;
         Ok::<_, SandboxError>((config, spec))
     };
     let (config, spec) = match read() {

@@ -16,7 +16,9 @@ mod namespaces;
 mod pause;
 mod pipes;
 mod place;
+mod profiles;
 mod promise;
+mod reading;
 mod shared;
 mod users;
 mod verify;
@@ -28,7 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use casemate_cgroup::{Cgroup, Hierarchy, Stats};
-use casemate_spec::{Annotations, Config, Context, Kind, Tightened};
+use casemate_spec::{Annotations, Config, Kind};
 use rustix::event::PollFlags;
 use tokio::io::Interest;
 
@@ -40,17 +42,20 @@ use crate::host::hooks::Runner;
 use crate::host::ids::{DIRECTORY, IdRange};
 use crate::host::network::Network;
 use crate::host::staging::Staging;
-use crate::host::{Step, dev, lsm, userns};
+use crate::host::{Step, userns};
 use crate::plan;
 use crate::record::Records;
 use crate::record::learned::Learned;
 use broker::Broker;
 use leftovers::Leftovers;
+use profiles::Profiles;
+use reading::{read_config, read_spec, tightened};
 
 pub use container::Container;
 pub use hooks::after_death;
 use pause::Pause;
 pub use place::keep_limits;
+pub use reading::has_api;
 pub use shared::Files;
 use shared::Shared;
 
@@ -216,6 +221,8 @@ pub struct Sandbox {
     records: Records,
     /// What is learned from its containers, where any is.
     learned: tokio::sync::OnceCell<Arc<Learned>>,
+    /// What its containers' filters are.
+    profiles: Profiles,
     cgroup: Cgroup,
     /// The cgroup above is the pod's alone.
     has_parent: bool,
@@ -244,68 +251,16 @@ const AGENT_GONE_WITHIN: Duration = Duration::from_secs(2);
 /// For the cgroups of a dead pod to become free.
 const CGROUPS_FREE_WITHIN: Duration = Duration::from_secs(1);
 
-/// Environment variable with another path for config.toml.
-const CONFIG_VARIABLE: &str = "CASEMATE_CONFIG";
-
-/// Whether the node's configuration has the sandbox API on.
-pub fn has_api() -> Result<bool, SandboxError> {
-    read_config().map(|config| config.sandbox.api)
-}
-
-fn read_config() -> Result<Config, SandboxError> {
-    let path = std::env::var_os(CONFIG_VARIABLE).map_or_else(
-        || PathBuf::from(casemate_spec::config::DEFAULT_PATH),
-        PathBuf::from,
-    );
-    Config::read(&path).map_err(|e| SandboxError::Invalid(e.to_string()))
-}
-
-/// `pod` are the pod's own annotations, for a container of it.
-fn read_spec(
-    bundle: &Path,
-    id: &str,
-    config: &Config,
-    pod: Option<&Annotations>,
-) -> Result<Tightened, SandboxError> {
-    let path = bundle.join("config.json");
-    let bytes = std::fs::read(&path).step("read", path.display().to_string())?;
-    tightened(&bytes, id, config, pod)
-}
-
-fn tightened(
-    bytes: &[u8],
-    id: &str,
-    config: &Config,
-    pod: Option<&Annotations>,
-) -> Result<Tightened, SandboxError> {
-    let invalid = |e: String| SandboxError::Invalid(e);
-    let loaded = casemate_spec::load(bytes).map_err(|e| invalid(e.to_string()))?;
-    let devices = dev::at(&config.devices.allow);
-    let answers = lsm::Answers::to(&casemate_spec::label::asked(&loaded.spec));
-    let context = Context {
-        id,
-        devices: &devices,
-        pod,
-        apparmor: answers.apparmor(),
-        selinux: answers.selinux(),
-        ..Context::default()
-    };
-    let spec = casemate_spec::tighten(loaded, config, &context)?;
-    for warning in &spec.warnings {
-        log::warn!("container {id}: {warning}");
-    }
-    Ok(spec)
-}
-
 impl Sandbox {
     /// Makes the pod: id range, namespaces, agent. Blocks for a few
     /// milliseconds; called once, before the first container.
     pub fn start(request: PodRequest) -> Result<Arc<Sandbox>, SandboxError> {
         let config = read_config()?;
         crate::log::set_level(config.log.level);
+        let profiles = Profiles::new(&config);
         let (spec, files, has_parent) = match request.origin {
             Origin::Bundle => {
-                let spec = read_spec(&request.bundle, &request.pod_id, &config, None)?;
+                let spec = read_spec(&request.bundle, &request.pod_id, (&config, None, &profiles))?;
                 (spec, None, false)
             }
             Origin::Given {
@@ -313,7 +268,7 @@ impl Sandbox {
                 files,
                 has_parent,
             } => {
-                let spec = tightened(&document, &request.pod_id, &config, None)?;
+                let spec = tightened(&document, &request.pod_id, (&config, None, &profiles))?;
                 (spec, Some(files), has_parent)
             }
         };
@@ -400,6 +355,7 @@ impl Sandbox {
             broker,
             records,
             learned: tokio::sync::OnceCell::new(),
+            profiles,
             cgroup,
             has_parent,
             asked: (spec.pod.kind == Kind::Sandbox).then_some(spec.asked),
@@ -412,6 +368,11 @@ impl Sandbox {
             next: Mutex::new(0),
             leftovers: Arc::default(),
         }))
+    }
+
+    /// What documents of its containers are read under.
+    fn under(&self) -> reading::Under<'_> {
+        (&self.config, self.asked.as_ref(), &self.profiles)
     }
 
     /// Makes the pause, the pod's sandbox process, unless there is one; its

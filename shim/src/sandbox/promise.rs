@@ -7,6 +7,7 @@ use casemate_cgroup::Cgroup;
 use casemate_posture as posture;
 use casemate_protocol::capabilities::{AGENT, FORKER, SYS_ADMIN};
 use casemate_spec::{MountKind, MountSpec};
+use seccomp_profiles::Form;
 
 use super::{Container, Sandbox, learner, shared};
 use crate::host::{ids, lockdown};
@@ -86,15 +87,14 @@ impl Container {
     /// The agent's; the one that asks, where the container is learned from; and the
     /// profile's in the form that was installed.
     fn filters(&self) -> Vec<String> {
-        let effective = &self.spec.effective;
-        let mut all = match effective.learn {
+        let mut all = match self.spec.effective.learn {
             true => filters(&["agent", "learn"]),
             false => filters(&["agent"]),
         };
-        match self.filters.asks.as_slice() {
-            [] => all.extend(filters(&[&effective.profile_name])),
-            asks => all.push(posture::hash(asks)),
-        }
+        all.push(posture::hash(match self.filters.asks.as_slice() {
+            [] => self.filters.profile.program(Form::Enforce),
+            asks => asks,
+        }));
         all
     }
 

@@ -241,7 +241,15 @@ fn learn_writes_down_what_is_done() -> Outcome {
         );
         // Nothing that every profile has, but for what names files.
         let base = minimal::base();
-        let often = ["open", "openat", "newfstatat", "faccessat", "execve"];
+        let often = [
+            "open",
+            "openat",
+            "openat2",
+            "newfstatat",
+            "faccessat",
+            "faccessat2",
+            "execve",
+        ];
         for (kind, _) in after.calls() {
             let name = table::name(kind.number).unwrap_or_default();
             let is_base = base.of(kind.number).any(|known| known == kind);

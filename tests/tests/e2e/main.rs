@@ -55,6 +55,7 @@ mod posture_changes;
 mod probes;
 mod probes_outside;
 mod probes_topics;
+mod profiles;
 mod rpc;
 mod rpc_abuse;
 mod sandbox;
@@ -112,6 +113,7 @@ fn main() -> ExitCode {
         learn::trials(),
         learn_bounds::trials(),
         learn_hostile::trials(),
+        profiles::trials(),
         items::trials(),
         errors::trials(),
         sandbox::trials(),

@@ -1,0 +1,79 @@
+//! Profiles ready for use: in all forms, with what explains them.
+
+use std::borrow::Cow;
+
+use crate::compile::{CompileError, Form, compile_as};
+use crate::explain::{Explainer, rules};
+use crate::hash::Hash;
+use crate::profile::Profile;
+use crate::shipped::{shipped_explainer, shipped_program_as};
+
+/// A profile in all forms: what is compiled into this binary, or a file that was
+/// compiled when it was read.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    name: String,
+    enforce: Cow<'static, [u8]>,
+    notify: Cow<'static, [u8]>,
+    explain: Cow<'static, [u8]>,
+    explainer: Explainer,
+}
+
+impl Prepared {
+    /// A shipped profile: nothing is compiled.
+    #[must_use]
+    pub fn shipped(name: &str) -> Option<Self> {
+        let program = |form| shipped_program_as(name, form).map(Cow::Borrowed);
+        Some(Self {
+            name: name.to_owned(),
+            enforce: program(Form::Enforce)?,
+            notify: program(Form::Notify)?,
+            explain: program(Form::Explain)?,
+            explainer: shipped_explainer(name)?,
+        })
+    }
+
+    /// Compiles any profile.
+    ///
+    /// # Errors
+    /// As [`crate::compile()`].
+    pub fn of(profile: &Profile) -> Result<Self, CompileError> {
+        let explain = compile_as(profile, Form::Explain)?;
+        let program = |form| compile_as(profile, form).map(|p| Cow::Owned(p.to_bytes()));
+        Ok(Self {
+            name: profile.name.clone(),
+            enforce: program(Form::Enforce)?,
+            notify: program(Form::Notify)?,
+            explain: Cow::Owned(explain.to_bytes()),
+            explainer: Explainer::from_parts(explain, rules(profile).into()),
+        })
+    }
+
+    /// What it is called.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its program, as an array of `struct sock_filter`.
+    #[must_use]
+    pub fn program(&self, form: Form) -> &[u8] {
+        match form {
+            Form::Enforce => &self.enforce,
+            Form::Notify => &self.notify,
+            Form::Explain => &self.explain,
+        }
+    }
+
+    /// Of the filter that binds: what tells two profiles of one name apart.
+    #[must_use]
+    pub fn hash(&self) -> Hash {
+        Hash::of(&self.enforce)
+    }
+
+    /// Says which rule refuses a call.
+    #[must_use]
+    pub fn explainer(&self) -> &Explainer {
+        &self.explainer
+    }
+}
