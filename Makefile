@@ -92,6 +92,7 @@ docs: quick
 
 docs-tables:
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-spec --test documents
+	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate --bins
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-tests --lib ledger
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p seccomp-profiles --test surface
 

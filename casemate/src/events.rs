@@ -22,7 +22,8 @@ Examples:
 One JSON object a line: at, namespace, pod, kind (denial, exec, exec_end, oom,
 policy_refusal, agent_loss, broker_loss, network), and what belongs to it. A
 line of kind \"dropped\" has the number of records that were lost: pushed out by
-later ones, or too many at a time. Needs root.";
+later ones, or too many at a time. Needs root.
+Exit status: 0, or 125 if casemate itself failed.";
 
 /// One round of a pod that is followed.
 const ROUND: Duration = Duration::from_secs(20);

@@ -2,16 +2,26 @@
 //! process in the sandbox that pods get, with no containerd at all. The rest
 //! looks after living pods.
 
+mod bench;
 mod bundle;
+mod clock;
+mod collect;
 mod doctor;
 mod error;
 mod events;
+mod help;
+mod inspect;
 mod install;
+mod metrics;
 mod network;
 mod operator;
+#[cfg(test)]
+mod pages;
+mod paint;
 mod posture;
 mod profile;
 mod ps;
+mod report;
 mod rootfs;
 mod run;
 mod shim;
@@ -22,15 +32,15 @@ mod why;
 use std::io::Write;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 /// Exit status of our own failures, as with other container tools; everything
 /// else is the workload's.
 const OWN_FAILURE: i32 = 125;
 
-/// The casemate sandbox, by hand.
+/// The casemate sandbox on this node: looking after pods, and running one command
 #[derive(Debug, Parser)]
-#[command(version, disable_help_subcommand = true)]
+#[command(version, disable_help_subcommand = true, after_help = OVERVIEW)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -44,6 +54,9 @@ enum Command {
     /// List living pods and their containers
     #[command(after_help = ps::EXAMPLES)]
     Ps(ps::Ps),
+    /// Tell all that is known of a living pod, and where each setting is from
+    #[command(after_help = inspect::EXAMPLES)]
+    Inspect(inspect::Inspect),
     /// Print what happened in pods: refused calls, execs, refusals, losses
     #[command(after_help = events::EXAMPLES)]
     Events(events::Events),
@@ -65,6 +78,24 @@ enum Command {
     /// Print what a pod's network guard has let through and refused
     #[command(after_help = network::EXAMPLES)]
     Network(network::Network),
+    /// Print numbers of living pods for Prometheus
+    #[command(after_help = metrics::EXAMPLES)]
+    Metrics(metrics::Metrics),
+    /// Gather what a bug report needs, without what workloads were given
+    #[command(after_help = collect::EXAMPLES)]
+    Collect(collect::Collect),
+    /// Write a page about this node: pods, their locks, what was refused
+    #[command(after_help = report::EXAMPLES)]
+    Report(report::Report),
+    /// Measure what a container costs here, beside runc
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::Bench),
+    /// Print a script that completes commands in a shell
+    #[command(after_help = help::COMPLETION)]
+    Completion(help::Completion),
+    /// Write manual pages
+    #[command(after_help = help::MAN)]
+    Man(help::Man),
     /// Look for what keeps this node from running pods
     #[command(after_help = doctor::EXAMPLES)]
     Doctor(doctor::Doctor),
@@ -72,6 +103,17 @@ enum Command {
     #[command(after_help = why::EXAMPLES)]
     Why(why::Why),
 }
+
+const OVERVIEW: &str = "\
+Examples:
+  casemate doctor               can this node run pods?
+  casemate ps                   which pods are there?
+  casemate why POD              what was refused, and what would allow it?
+  casemate inspect POD          what holds it, and where is that from?
+  casemate COMMAND --help       more of each
+
+Exit status: 0, or what the command's help says; 125 if casemate itself failed, a wrong
+command line among that. Colours are for terminals; NO_COLOR turns them off.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -112,7 +154,14 @@ fn main() {
     let (result, failure) = match cli.command {
         Command::Run(options) => (run::run(&options), OWN_FAILURE),
         Command::Ps(options) => (ps::run(&options), OWN_FAILURE),
+        Command::Inspect(options) => (inspect::run(&options), OWN_FAILURE),
         Command::Events(options) => (events::run(&options), OWN_FAILURE),
+        Command::Metrics(options) => (metrics::run(&options), OWN_FAILURE),
+        Command::Collect(options) => (collect::run(&options), OWN_FAILURE),
+        Command::Completion(options) => (help::completion(&options, Cli::command()), OWN_FAILURE),
+        Command::Man(options) => (help::man(&options, Cli::command()), OWN_FAILURE),
+        Command::Report(options) => (report::run(&options), OWN_FAILURE),
+        Command::Bench(options) => (bench::run(&options), OWN_FAILURE),
         Command::Network(options) => (network::run(&options), OWN_FAILURE),
         Command::Posture(options) => (posture::run(&options), OWN_FAILURE),
         Command::Profile(options) => (profile::run(&options), OWN_FAILURE),

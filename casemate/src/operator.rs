@@ -41,6 +41,21 @@ pub struct Pod {
     socket: PathBuf,
 }
 
+#[cfg(test)]
+impl Pod {
+    /// One that nobody answers for.
+    pub fn of_test(name: &str) -> Self {
+        Self {
+            namespace: "k8s.io".to_owned(),
+            id: name.to_owned(),
+            kubernetes: Some((name.to_owned(), name.to_owned())),
+            since: "2024-02-29T23:59:59Z".to_owned(),
+            shim: 0,
+            socket: PathBuf::new(),
+        }
+    }
+}
+
 /// What is refused without root, before anything is tried.
 pub fn needs_root(command: &str) -> Result<(), RunError> {
     if rustix::process::geteuid().is_root() {
@@ -191,6 +206,11 @@ impl Operator {
     /// What the pod is.
     pub async fn inspect(&self) -> Result<Value, RunError> {
         self.ask("Inspect", &json!({}), Duration::ZERO).await
+    }
+
+    /// What holds its containers, and where that is from.
+    pub async fn explain(&self) -> Result<Value, RunError> {
+        self.ask("Explain", &json!({}), Duration::ZERO).await
     }
 
     /// What its processes were promised to be.

@@ -1,28 +1,41 @@
 //! `casemate ps`: living pods and their containers.
 
 use std::io::Write;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::clock;
 use crate::error::{RunError, Step};
 use crate::operator::{self, Operator, Pod};
+use crate::paint::plain;
 
 /// Help text.
 pub const EXAMPLES: &str = "\
 Examples:
   casemate ps           pods and containers of this node
-  casemate ps --json    the same, with all that their shims say
+  casemate ps -o wide   the same, with profile, user, processes, shim, agent and release
+  casemate ps --json    all that their shims say
 
-A shim that doesn't answer within five seconds is listed with the reason.";
+A shim that doesn't answer within five seconds is listed with the reason.
+Exit status: 0, or 125 if casemate itself failed.";
 
 /// What to list, and how.
 #[derive(Debug, Args)]
 pub struct Ps {
     /// As one JSON array
-    #[arg(long)]
+    #[arg(long, conflicts_with = "output")]
     json: bool,
+    /// How much of each
+    #[arg(short, long, value_name = "HOW")]
+    output: Option<Output>,
+}
+
+/// How much is told of each container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    /// More columns
+    Wide,
 }
 
 /// Lists them.
@@ -44,7 +57,7 @@ pub fn run(options: &Ps) -> Result<i32, RunError> {
         let all: Vec<Value> = found.iter().map(|(pod, said)| as_json(pod, said)).collect();
         format!("{}\n", Value::Array(all))
     } else {
-        table(&found)
+        table(&found, options.output == Some(Output::Wide))
     };
     std::io::stdout()
         .write_all(text.as_bytes())
@@ -66,33 +79,53 @@ fn as_json(pod: &Pod, said: &Result<Value, RunError>) -> Value {
     value
 }
 
-fn table(found: &[(Pod, Result<Value, RunError>)]) -> String {
-    let mut rows = vec![
-        [
-            "NAMESPACE",
-            "POD",
-            "CONTAINER",
-            "PID",
-            "STATE",
-            "IDS",
-            "MEMORY",
-            "DENIED",
-            "AGE",
-        ]
-        .map(str::to_owned)
-        .to_vec(),
-    ];
+const COLUMNS: [&str; 9] = [
+    "NAMESPACE",
+    "POD",
+    "CONTAINER",
+    "PID",
+    "STATE",
+    "IDS",
+    "MEMORY",
+    "DENIED",
+    "AGE",
+];
+const MORE: [&str; 6] = ["PROFILE", "USER", "PROCESSES", "SHIM", "AGENT", "RELEASE"];
+
+/// Cells of [`MORE`]; of no container, the pod's alone.
+fn more(pod: &Pod, said: &Value, container: &Value) -> Vec<String> {
+    let word = |value: &Value| match value {
+        Value::String(text) => plain(text),
+        Value::Null => "-".to_owned(),
+        other => other.to_string(),
+    };
+    let sandbox = &container["sandbox"];
+    vec![
+        word(&sandbox["profile"]),
+        word(&sandbox["user"]),
+        word(&sandbox["usage"]["processes"]),
+        pod.shim.to_string(),
+        word(&said["sandbox"]["agent"]["pid"]),
+        word(&said["version"]),
+    ]
+}
+
+fn table(found: &[(Pod, Result<Value, RunError>)], wide: bool) -> String {
+    let head = COLUMNS.iter().chain(MORE.iter().filter(|_| wide));
+    let mut rows = vec![head.map(|&name| name.to_owned()).collect::<Vec<_>>()];
     for (pod, said) in found {
         let name = match &pod.kubernetes {
             Some((namespace, name)) => format!("{namespace}/{name} ({})", short(&pod.id)),
             None => short(&pod.id),
         };
+        let name = plain(&name);
         let said = match said {
             Ok(said) => said,
             Err(error) => {
                 let why = error.to_string();
+                let why = plain(&why);
                 let mut row = vec![pod.namespace.clone(), name, format!("({why})")];
-                row.resize(9, "-".to_owned());
+                row.resize(if wide { 15 } else { 9 }, "-".to_owned());
                 rows.push(row);
                 continue;
             }
@@ -105,7 +138,7 @@ fn table(found: &[(Pod, Result<Value, RunError>)]) -> String {
         for container in containers.iter().filter(|c| c["pause"] != true) {
             some = true;
             let usage = &container["sandbox"]["usage"]["memory"];
-            rows.push(vec![
+            let mut row = vec![
                 pod.namespace.clone(),
                 name.clone(),
                 short(container["id"].as_str().unwrap_or_default()),
@@ -117,12 +150,19 @@ fn table(found: &[(Pod, Result<Value, RunError>)]) -> String {
                     .as_u64()
                     .map_or("-".to_owned(), |n| n.to_string()),
                 age.clone(),
-            ]);
+            ];
+            if wide {
+                row.extend(more(pod, said, container));
+            }
+            rows.push(row);
         }
         if !some {
             let mut row = vec![pod.namespace.clone(), name];
             row.resize(5, "-".to_owned());
             row.extend([ids, "-".to_owned(), "-".to_owned(), age]);
+            if wide {
+                row.extend(more(pod, said, &Value::Null));
+            }
             rows.push(row);
         }
     }
@@ -160,32 +200,16 @@ fn short(id: &str) -> String {
     id.chars().take(if is_hash { 13 } else { 64 }).collect()
 }
 
+/// A size, as people say it.
 #[allow(clippy::cast_precision_loss)]
-fn bytes(n: u64) -> String {
+pub fn bytes(n: u64) -> String {
     let mib = n as f64 / f64::from(1u32 << 20);
     format!("{mib:.1}M")
 }
 
-/// Seconds since the epoch of an RFC 3339 time in UTC.
-fn seconds(text: &str) -> Option<u64> {
-    let part = |range: std::ops::Range<usize>| text.get(range)?.parse::<u64>().ok();
-    let (year, month, day) = (part(0..4)?, part(5..7)?, part(8..10)?);
-    let (hour, minute, second) = (part(11..13)?, part(14..16)?, part(17..19)?);
-    // Years that begin on 1 March, so that the odd day comes last.
-    let (year, month) = if month > 2 {
-        (year, month - 3)
-    } else {
-        (year.checked_sub(1)?, month + 9)
-    };
-    let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1;
-    Some((days.checked_sub(719_468)?) * 86_400 + hour * 3_600 + minute * 60 + second)
-}
-
+/// How long ago that was, as people say it.
 fn age(since: &str) -> String {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let Some(age) = seconds(since).map(|then| now.as_secs().saturating_sub(then)) else {
+    let Some(age) = clock::seconds(since).map(|then| clock::now().saturating_sub(then)) else {
         return "-".to_owned();
     };
     match age {
@@ -199,19 +223,6 @@ fn age(since: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_time_is_read_back() {
-        for (text, want) in [
-            ("1970-01-01T00:00:00.000000007Z", 0),
-            ("2000-02-29T00:00:00.000000007Z", 951_782_400),
-            ("2024-02-29T23:59:59.000000007Z", 1_709_251_199),
-            ("2024-12-31T23:59:59.000000007Z", 1_735_689_599),
-        ] {
-            assert_eq!(seconds(text), Some(want), "{text}");
-        }
-        assert_eq!(seconds("yesterday"), None);
-    }
 
     #[test]
     fn columns_are_aligned_and_lines_have_no_blanks_at_their_end() {

@@ -24,7 +24,8 @@ specification's own (securityContext.seccompProfile), of the latter not those fe
 that every start of a process needs; and packets that the guard of its network
 refused within the last hour. Calls that fail for want of a capability or by
 Landlock are the kernel's to answer, and aren't seen here. Nor are
-those of a container that is learned from.";
+those of a container that is learned from. Exit status: 0, or 125 if casemate
+itself failed.";
 
 /// Of which pod, and how.
 #[derive(Debug, Args)]

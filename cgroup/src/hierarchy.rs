@@ -116,6 +116,11 @@ impl Hierarchy {
         self.mounts.iter().all(|m| m.kind == Kind::Unified)
     }
 
+    /// Where the hierarchies are mounted.
+    pub fn points(&self) -> impl Iterator<Item = &Path> {
+        self.mounts.iter().map(|mount| mount.point.as_path())
+    }
+
     /// What [`crate::Cgroup::create`] will make for `path` (a value of
     /// `linux.cgroupsPath`), parents first: the leaf in every hierarchy and the
     /// parents that aren't there yet. For a journal written before the effect.

@@ -20,9 +20,24 @@ mod pod;
 mod root;
 mod spawn;
 
+use std::io::Write;
+
 use casemate_sys::process::exit_now;
 
 fn main() {
+    // For who looks after the node; the shim gives no arguments.
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|arg| arg == "--version")
+    {
+        let version = env!("CARGO_PKG_VERSION");
+        let told = writeln!(
+            std::io::stdout(),
+            "casemate-agent {version} (protocol {})",
+            casemate_protocol::VERSION
+        );
+        exit_now(i32::from(told.is_err()));
+    }
     // Nobody reads a pid-1 panic; abort is what the profile does anyway.
     exit_now(match pod::run() {
         Ok(()) => 0,

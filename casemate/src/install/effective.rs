@@ -63,6 +63,18 @@ impl Effective {
             .map(str::to_owned)
     }
 
+    /// containerd's directory for what stays.
+    pub fn root(&self) -> Option<&str> {
+        self.doc.get("root")?.as_str()
+    }
+
+    /// Whether the handler has an `options` table with something in it.
+    pub fn has_options(&self, name: &str) -> bool {
+        self.runtimes()
+            .and_then(|all| all.get(name)?.get("options")?.as_table_like())
+            .is_some_and(|options| !options.is_empty())
+    }
+
     fn runtimes(&self) -> Option<&dyn TableLike> {
         let plugins = self.doc.get("plugins")?;
         CRI.iter().find_map(|name| {

@@ -98,6 +98,31 @@ pub struct CreateTask {
     pub rootfs: Vec<Mount>,
 }
 
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CreateTaskResponse {
+    #[prost(uint32, tag = "2")]
+    pub pid: u32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ExecProcess {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(message, optional, tag = "6")]
+    pub spec: Option<Any>,
+    #[prost(string, tag = "7")]
+    pub exec_id: String,
+}
+
+/// Start, Wait and DeleteProcess of an exec: its id comes second in all.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct OfProcess {
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    #[prost(string, tag = "2")]
+    pub exec_id: String,
+}
+
 /// Start, Wait and Delete of a task: its container's id comes first in all.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct OfTask {

@@ -9,18 +9,24 @@ mod binaries;
 mod config;
 mod containerd;
 mod effective;
+mod facts;
 pub mod files;
 mod grpc;
 mod journal;
 mod layout;
 mod proof;
 mod stages;
+pub mod task;
 mod uninstall;
 
 use std::path::PathBuf;
 
 use clap::Args;
 
+pub use binaries::SHIM;
+pub use containerd::bounded;
+pub use effective::Effective;
+pub use facts::{Facts, Places, facts};
 pub use proof::inside;
 pub use stages::install;
 pub use uninstall::uninstall;

@@ -4,6 +4,7 @@
 
 mod broker;
 mod container;
+mod explain;
 mod facts;
 mod forker;
 mod hooks;

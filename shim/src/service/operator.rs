@@ -36,8 +36,9 @@ const PROCESSES: usize = 256;
 
 /// The service.
 pub fn services(pod: Arc<Pod>) -> HashMap<String, Service> {
-    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 5] = [
+    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 6] = [
         ("Inspect", Box::new(Inspect { pod: pod.clone() })),
+        ("Explain", Box::new(Explain { pod: pod.clone() })),
         ("Promise", Box::new(Promise { pod: pod.clone() })),
         ("Denials", Box::new(Denials { pod: pod.clone() })),
         ("Recording", Box::new(Recording { pod: pod.clone() })),
@@ -100,6 +101,21 @@ struct Inspect {
 impl MethodHandler for Inspect {
     async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
         Ok(answer(&inspect(&self.pod)))
+    }
+}
+
+/// What holds each container, and where that is from.
+struct Explain {
+    pod: Arc<Pod>,
+}
+
+#[async_trait]
+impl MethodHandler for Explain {
+    async fn handler(&self, _ctx: TtrpcContext, _request: Request) -> ttrpc::Result<Response> {
+        let tasks = self.pod.tasks();
+        let containers = tasks.iter().filter_map(|task| task.container());
+        let explained: Vec<Value> = containers.map(|c| c.explain()).collect();
+        Ok(answer(&json!({ "containers": explained })))
     }
 }
 

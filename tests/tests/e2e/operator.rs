@@ -86,6 +86,16 @@ fn operator_ps_tells_what_is() -> Outcome {
         row.is_some_and(|row| row.contains("running") && row.contains(&root)),
         "no row of the pod in {table}"
     );
+    let wide = casemate(&["ps", "-o", "wide"])?.ok()?.out();
+    let row = wide.lines().find(|line| line.contains(&task.id));
+    let shim = task.shim_pid()?.to_string();
+    ensure!(
+        wide.lines()
+            .next()
+            .is_some_and(|head| head.ends_with("RELEASE"))
+            && row.is_some_and(|row| row.contains(" default ") && row.contains(&shim)),
+        "no wide row of the pod in {wide}"
+    );
     let [entry] = &entries(&task)[..] else {
         return fail(format!("entries: {:?}", entries(&task)));
     };

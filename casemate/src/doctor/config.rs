@@ -1,0 +1,52 @@
+//! `casemate doctor --config`: whether the configuration is one.
+
+use std::path::Path;
+
+use casemate_spec::config::{Diagnosis, diagnose};
+
+use super::UNWELL;
+use crate::error::{RunError, Step};
+
+/// The text to print, and the exit status.
+pub fn look(path: &Path, json: bool) -> Result<(String, i32), RunError> {
+    let mut found = diagnose(path);
+    found.problems.extend(crate::profile::problems(path));
+    let text = if json {
+        let object = serde_json::to_string(&found).map_err(std::io::Error::from);
+        object.step("write", "the findings")? + "\n"
+    } else {
+        table(path, &found)
+    };
+    let status = if found.problems.is_empty() { 0 } else { UNWELL };
+    Ok((text, status))
+}
+
+fn table(path: &Path, found: &Diagnosis) -> String {
+    let mut text = String::new();
+    for problem in &found.problems {
+        text += &problem.file.display().to_string();
+        if let Some(line) = problem.line {
+            text += &format!(":{line}");
+        }
+        text += ": ";
+        if !problem.key.is_empty() {
+            text += &problem.key;
+            if !problem.value.is_empty() {
+                text += &format!(" = {}", problem.value);
+            }
+            text += ": ";
+        }
+        text += &format!("{}. {}\n", problem.reason, problem.way_out);
+    }
+    if found.problems.is_empty() {
+        text += &match found.files.len() {
+            0 => format!(
+                "config: ok: {} doesn't exist, so the defaults hold\n",
+                path.display()
+            ),
+            1 => "config: ok: 1 file\n".to_owned(),
+            n => format!("config: ok: {n} files\n"),
+        };
+    }
+    text
+}
