@@ -35,9 +35,8 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), String> {
-    let args = std::env::args_os()
-        .skip(1)
-        .map(|arg| arg.to_string_lossy().into_owned());
+    let mut args = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned());
+    let program = args.next().unwrap_or_default();
     let flags = Flags::parse(args).map_err(|error| error.to_string())?;
     if flags.version {
         let version = env!("CARGO_PKG_VERSION");
@@ -53,7 +52,7 @@ fn run() -> Result<(), String> {
     }
     flags.require().map_err(|error| error.to_string())?;
     match flags.action {
-        Some(Action::Start) => start::run(&flags),
+        Some(Action::Start) => start::run(&flags, &program),
         Some(Action::Delete) => delete::run(&flags),
         Some(Action::Serve) => server::run(&flags),
         None => Err("no action: use start or delete".to_owned()),

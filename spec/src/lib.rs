@@ -12,6 +12,7 @@
 
 pub mod annotations;
 pub mod caps;
+pub mod class;
 pub mod clock;
 pub mod config;
 pub mod coverage;
@@ -40,6 +41,7 @@ pub mod users;
 
 pub use annotations::Annotations;
 pub use caps::Caps;
+pub use class::Class;
 pub use clock::ClockOffset;
 pub use config::{Config, Profile};
 pub use coverage::{Coverage, How, coverage};

@@ -2,6 +2,7 @@
 //! and how each is told to serve CRI.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
@@ -89,10 +90,41 @@ impl Generation {
         let config = match self {
             Self::V1_6 | Self::V1_7 => version_2(dir, shim),
             Self::V2_1 | Self::V2_3 => version_3(dir, shim),
-        };
+        } + &self.classes(dir, shim)?;
         by_api(dir)?;
         without_terminals(dir, shim)?;
-        Daemon::configured(dir, &format!("{own}{path}"), &config, Some(netns.path()))
+        // 1.6 knows no runtime_path in CRI's configuration, and finds shims by name.
+        let path = format!("{own}{path}:{}", dir.join("classes").display());
+        Daemon::configured(dir, &path, &config, Some(netns.path()))
+    }
+}
+
+impl Generation {
+    /// The handlers of the other classes, as `casemate install` has them: a link of
+    /// that name to the shim.
+    fn classes(self, dir: &Path, shim: &Path) -> Result<String> {
+        let links = dir.join("classes");
+        fs::create_dir_all(&links).map_err(file("make", &links))?;
+        let plugin = match self {
+            Self::V1_6 | Self::V1_7 => "io.containerd.grpc.v1.cri",
+            Self::V2_1 | Self::V2_3 => "io.containerd.cri.v1.runtime",
+        };
+        let mut text = String::new();
+        for class in ["strict", "compat", "strct"] {
+            let link = links.join(format!("containerd-shim-casemate-{class}-v2"));
+            symlink(shim, &link).map_err(file("link", &link))?;
+            let kind = match self {
+                Self::V2_1 => "io.containerd.runc.v2".to_owned(),
+                _ => format!("io.containerd.casemate-{class}.v2"),
+            };
+            text += &format!(
+                "[plugins.\"{plugin}\".containerd.runtimes.casemate-{class}]\n\
+                 runtime_type = \"{kind}\"\nruntime_path = \"{}\"\n\
+                 pod_annotations = [\"casemate.io/*\"]\n",
+                link.display()
+            );
+        }
+        Ok(text)
     }
 }
 

@@ -5,6 +5,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use casemate_spec::Class;
+
 use super::containerd;
 use super::files;
 use super::journal::Journal;
@@ -15,8 +17,6 @@ use crate::error::{RunError, Step};
 pub const SHIM: &str = "containerd-shim-casemate-v2";
 /// What is installed.
 const PROGRAMS: [&str; 3] = [SHIM, "casemate-agent", "casemate"];
-/// Those that people and containerd find by name.
-const LINKED: [&str; 2] = [SHIM, "casemate"];
 /// Begins the name of a directory that isn't whole yet.
 const UNFINISHED: &str = ".new-";
 /// Directories of the root file system that the proof runs in.
@@ -141,6 +141,10 @@ impl Payload {
         for (program, bytes) in &self.programs {
             files::program(&bin.join(program), bytes)?;
         }
+        for class in [Class::Strict, Class::Compat] {
+            let link = bin.join(class.program());
+            std::os::unix::fs::symlink(SHIM, &link).step("link", link.display())?;
+        }
         let root = new.join(PROOF);
         for name in ROOT {
             let dir = root.join(name);
@@ -179,12 +183,15 @@ pub fn proof_root(layout: &Layout) -> PathBuf {
 
 /// Links outside of the prefix, with where they lead.
 fn links(layout: &Layout) -> Vec<(PathBuf, PathBuf)> {
-    LINKED
-        .iter()
+    // Those that people and containerd find by name.
+    Class::ALL
+        .map(Class::program)
+        .into_iter()
+        .chain(["casemate".to_owned()])
         .map(|name| {
             (
-                layout.links.join(name),
-                layout.current().join("bin").join(name),
+                layout.links.join(&name),
+                layout.current().join("bin").join(&name),
             )
         })
         .collect()

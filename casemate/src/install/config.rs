@@ -3,9 +3,10 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use casemate_spec::Class;
 use toml_edit::{Array, DocumentMut, Item, Key, Table, TableLike, Value, value};
 
-use super::effective::Handler;
+use super::effective::{Handler, Handlers};
 use crate::error::{RunError, one_line};
 
 /// Annotations of pods that the shim is to see.
@@ -15,16 +16,15 @@ const MARK: &str = "# Made by `casemate install`; `casemate uninstall` takes it 
 const BEGIN: &str = "# begin: casemate install\n";
 const END: &str = "# end: casemate install\n";
 
-/// The handler as this release of containerd needs it.
-pub fn handler(release: (u32, u32), shim: &Path) -> Handler {
+/// A class's handler as this release of containerd needs it.
+pub fn handler(release: (u32, u32), class: Class, shim: &Path) -> Handler {
     Handler {
         // 2.0 to 2.2 ask only runtimes of runc's type what they can do, and would
         // refuse recursively read-only volumes to any other.
         kind: match release {
-            (2, 0..=2) => "io.containerd.runc.v2",
-            _ => "io.containerd.casemate.v2",
-        }
-        .to_owned(),
+            (2, 0..=2) => "io.containerd.runc.v2".to_owned(),
+            _ => format!("io.containerd.casemate{}.v2", class.suffix()),
+        },
         path: shim.display().to_string(),
         annotations: vec![ANNOTATIONS.to_owned()],
     }
@@ -96,13 +96,8 @@ impl Config {
         }
     }
 
-    /// Adds the handler, and those others.
-    pub fn add(
-        &mut self,
-        name: &str,
-        handler: &Handler,
-        others: &[(String, Table)],
-    ) -> Result<(), RunError> {
+    /// Adds the handlers, and those others.
+    pub fn add(&mut self, handlers: &Handlers, others: &[(String, Table)]) -> Result<(), RunError> {
         let keys = ["plugins", self.plugin(), "containerd", "runtimes"];
         let mut place: &mut dyn TableLike = self.doc.as_table_mut();
         for key in keys {
@@ -126,7 +121,9 @@ impl Config {
             ));
             place.insert(name, Item::Table(table));
         }
-        place.insert(name, Item::Table(table(handler)));
+        for (name, handler) in handlers {
+            place.insert(name, Item::Table(table(handler)));
+        }
         Ok(())
     }
 
@@ -239,8 +236,8 @@ fn table(handler: &Handler) -> Table {
     table
 }
 
-/// A file of its own with the handler, for a file of that version to import.
-pub fn drop_in(version: i64, name: &str, handler: &Handler) -> String {
+/// A file of its own with the handlers, for a file of that version to import.
+pub fn drop_in(version: i64, handlers: &Handlers) -> String {
     let version_line = match version {
         // Else it would be higher than that of a file that says none.
         1 => String::new(),
@@ -248,22 +245,28 @@ pub fn drop_in(version: i64, name: &str, handler: &Handler) -> String {
     };
     format!(
         "{MARK}{version_line}{}",
-        section(plugin(version), name, handler)
+        sections(plugin(version), handlers)
     )
 }
 
-fn section(plugin: &str, name: &str, handler: &Handler) -> String {
-    let mut table = table(handler);
-    table.decor_mut().clear();
+fn sections(plugin: &str, handlers: &Handlers) -> String {
     let plugin = Key::new(plugin);
-    format!(
-        "[plugins.\"{}\".containerd.runtimes.{name}]\n{table}",
-        plugin.get()
-    )
+    let sections: Vec<String> = handlers
+        .iter()
+        .map(|(name, handler)| {
+            let mut table = table(handler);
+            table.decor_mut().clear();
+            format!(
+                "[plugins.\"{}\".containerd.runtimes.{name}]\n{table}",
+                plugin.get()
+            )
+        })
+        .collect();
+    sections.join("\n")
 }
 
-/// A template of k3s' or rke2's with the handler: the given one, or their own.
-pub fn template(text: Option<&str>, version: i64, name: &str, handler: &Handler) -> String {
+/// A template of k3s' or rke2's with the handlers: the given one, or their own.
+pub fn template(text: Option<&str>, version: i64, handlers: &Handlers) -> String {
     let base = match text {
         Some(text) => untemplate(text),
         None => format!("{MARK}{{{{ template \"base\" . }}}}\n"),
@@ -271,7 +274,7 @@ pub fn template(text: Option<&str>, version: i64, name: &str, handler: &Handler)
     let gap = if base.ends_with('\n') { "\n" } else { "\n\n" };
     format!(
         "{base}{gap}{BEGIN}{}{END}",
-        section(plugin(version), name, handler)
+        sections(plugin(version), handlers)
     )
 }
 
@@ -323,8 +326,13 @@ fn matches(pattern: &[u8], text: &[u8]) -> bool {
 mod tests {
     use super::*;
 
-    fn ours() -> Handler {
-        handler((1, 7), Path::new("/opt/casemate/current/bin/shim"))
+    fn ours() -> Handlers {
+        let shim = Path::new("/opt/casemate/current/bin/shim");
+        let of = |class: Class| {
+            let name = format!("casemate{}", class.suffix());
+            (name, handler((1, 7), class, shim))
+        };
+        [of(Class::Node), of(Class::Strict)].into()
     }
 
     fn config(text: &str) -> Config {
@@ -335,7 +343,7 @@ mod tests {
     fn only_what_is_added_changes() {
         let text = "# mine\nversion = 2 # two\n\n[plugins]\n  # cri\n  [plugins.\"io.containerd.grpc.v1.cri\"]\n    sandbox_image = 'x' # pause\n\n    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n      runtime_type = \"io.containerd.runc.v2\"\n\n[debug]\n  level = \"info\"\n# end\n";
         let mut with = config(text);
-        with.add("casemate", &ours(), &[]).unwrap();
+        with.add(&ours(), &[]).unwrap();
         let with = with.text();
         for line in text.lines() {
             assert!(with.contains(line), "{line} is gone from {with}");
@@ -343,7 +351,7 @@ mod tests {
         let header = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.casemate]\n";
         assert!(with.contains(header), "{with}");
         let mut without = config(&with);
-        assert!(without.remove("casemate"));
+        assert!(without.remove("casemate") && without.remove("casemate-strict"));
         assert!(!without.remove("casemate"));
         assert_eq!(without.text(), text);
     }
@@ -361,11 +369,11 @@ mod tests {
             ),
         ] {
             let mut config = config(text);
-            config.add("casemate", &ours(), &[]).unwrap();
+            config.add(&ours(), &[]).unwrap();
             let with = config.text();
             let header = format!("[plugins.{plugin}.containerd.runtimes.casemate]");
             assert!(with.contains(&header), "{text}: {with}");
-            assert!(config.remove("casemate"));
+            assert!(config.remove("casemate") && config.remove("casemate-strict"));
             assert_eq!(config.text(), text);
         }
     }
@@ -375,7 +383,7 @@ mod tests {
         let mut config = config(
             "version = 2\nplugins.\"io.containerd.grpc.v1.cri\" = {containerd = {runtimes = {}}}\n",
         );
-        config.add("casemate", &ours(), &[]).unwrap();
+        config.add(&ours(), &[]).unwrap();
         let again = config_of(&config.text());
         assert!(again.contains("runtime_path"), "{again}");
     }
@@ -387,7 +395,7 @@ mod tests {
     #[test]
     fn what_is_no_table_is_told() {
         let error = config("version = 2\nplugins = 3\n")
-            .add("casemate", &ours(), &[])
+            .add(&ours(), &[])
             .unwrap_err()
             .to_string();
         assert!(error.contains("plugins is no table"), "{error}");
@@ -396,6 +404,27 @@ mod tests {
             .unwrap()
             .to_string();
         assert!(error.starts_with("read /c.toml: line 2: "), "{error}");
+    }
+
+    #[test]
+    fn each_class_has_a_handler_of_its_own() {
+        let text = drop_in(3, &ours());
+        let read = text.parse::<DocumentMut>().unwrap();
+        let runtimes = &read["plugins"]["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"];
+        for (name, kind) in [
+            ("casemate", "io.containerd.casemate.v2"),
+            ("casemate-strict", "io.containerd.casemate-strict.v2"),
+        ] {
+            assert_eq!(
+                runtimes[name]["runtime_type"].as_str(),
+                Some(kind),
+                "{text}"
+            );
+        }
+        let shim = Path::new("/s");
+        let kind = |release| handler(release, Class::Strict, shim).kind;
+        assert_eq!(kind((2, 1)), "io.containerd.runc.v2");
+        assert_eq!(kind((2, 3)), "io.containerd.casemate-strict.v2");
     }
 
     #[test]
@@ -444,14 +473,14 @@ mod tests {
             "{{ template \"base\" . }}\n",
             "{{ template \"base\" . }}\n[debug]\n  level = \"info\"",
         ] {
-            let with = template(Some(text), 3, "casemate", &ours());
+            let with = template(Some(text), 3, &ours());
             assert!(
                 with.contains("cri.v1.runtime\".containerd.runtimes.casemate]\n"),
                 "{with}"
             );
-            assert_eq!(template(Some(&with), 3, "casemate", &ours()), with);
+            assert_eq!(template(Some(&with), 3, &ours()), with);
             assert_eq!(untemplate(&with).trim_end(), text.trim_end());
         }
-        assert!(template(None, 2, "casemate", &ours()).contains("template \"base\""));
+        assert!(template(None, 2, &ours()).contains("template \"base\""));
     }
 }

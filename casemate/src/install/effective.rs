@@ -28,6 +28,9 @@ pub struct Handler {
     pub annotations: Vec<String>,
 }
 
+/// Handlers by name.
+pub type Handlers = BTreeMap<String, Handler>;
+
 /// The whole configuration.
 pub struct Effective {
     doc: DocumentMut,
@@ -118,10 +121,10 @@ impl Effective {
             .collect()
     }
 
-    /// Keys with different values here and there, apart from that handler, from
+    /// Keys with different values here and there, apart from those handlers, from
     /// `imports` and from the file's version.
-    pub fn differences(&self, other: &Self, handler: &str) -> Vec<String> {
-        let (here, there) = (self.flat(handler), other.flat(handler));
+    pub fn differences(&self, other: &Self, handlers: &[String]) -> Vec<String> {
+        let (here, there) = (self.flat(handlers), other.flat(handlers));
         let mut keys: Vec<&String> = here
             .iter()
             .filter(|(key, value)| there.get(*key) != Some(value))
@@ -132,11 +135,16 @@ impl Effective {
         keys.into_iter().cloned().collect()
     }
 
-    fn flat(&self, handler: &str) -> BTreeMap<String, String> {
+    fn flat(&self, handlers: &[String]) -> BTreeMap<String, String> {
         let mut flat = BTreeMap::new();
         flatten("", self.doc.as_table(), &mut flat);
-        let ours = format!(".containerd.runtimes.{handler}.");
-        flat.retain(|key, _| !key.contains(&ours) && key != "imports" && key != "version");
+        let ours: Vec<String> = handlers
+            .iter()
+            .map(|handler| format!(".containerd.runtimes.{handler}."))
+            .collect();
+        flat.retain(|key, _| {
+            !ours.iter().any(|ours| key.contains(ours)) && key != "imports" && key != "version"
+        });
         flat
     }
 }
@@ -185,21 +193,24 @@ disabled_plugins = []
                runtime_type = \"io.containerd.casemate.v2\"\nruntime_path = \"/s\"\n\
                pod_annotations = [\"casemate.io/*\"]\n";
         let (before, after) = (parse(BEFORE), parse(&after));
-        assert_eq!(before.differences(&after, "casemate"), Vec::<String>::new());
+        assert_eq!(
+            before.differences(&after, &["casemate".to_owned()]),
+            Vec::<String>::new()
+        );
         assert!(before.lost_in(&after).is_empty());
         assert!(before.handler("casemate").is_none());
         let handler = after.handler("casemate").unwrap();
         assert_eq!(handler.path, "/s");
         assert_eq!(handler.annotations, ["casemate.io/*"]);
         // A handler whose name only begins so is somebody else's.
-        assert!(!before.differences(&after, "case").is_empty());
+        assert!(!before.differences(&after, &["case".to_owned()]).is_empty());
     }
 
     #[test]
     fn what_else_is_changed_is_named() {
         let after = parse(&BEFORE.replace("\"a\"", "\"b\""));
         assert_eq!(
-            parse(BEFORE).differences(&after, "casemate"),
+            parse(BEFORE).differences(&after, &["casemate".to_owned()]),
             ["plugins.io.containerd.grpc.v1.cri.sandbox_image"]
         );
     }

@@ -25,6 +25,10 @@ pub struct Record {
     pub version: String,
     /// The runtime handler, if containerd's configuration has it.
     pub handler: Option<String>,
+    /// The handlers that were written, that one and its classes'; before there
+    /// were classes, that one alone.
+    #[serde(default)]
+    pub handlers: Vec<String>,
     /// What was added to `imports`, if it was.
     pub import: Option<String>,
     /// Links to the programs.
@@ -33,6 +37,16 @@ pub struct Record {
     pub directories: Vec<PathBuf>,
     /// Files that were changed or made.
     pub files: Vec<Changed>,
+}
+
+impl Record {
+    /// The handlers in containerd's configuration that are casemate's making.
+    pub fn written(&self) -> Vec<String> {
+        match (&self.handler, self.handlers.is_empty()) {
+            (Some(handler), true) => vec![handler.clone()],
+            _ => self.handlers.clone(),
+        }
+    }
 }
 
 /// A file of the node's.

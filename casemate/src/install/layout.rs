@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use casemate_spec::Class;
+
 use super::Node;
 use crate::error::{RunError, Step};
 
@@ -23,7 +25,7 @@ pub struct Layout {
     pub address: PathBuf,
     /// systemd's unit.
     pub unit: String,
-    /// The runtime handler's name.
+    /// The runtime handler's name; those of classes begin with it.
     pub handler: String,
 }
 
@@ -142,9 +144,19 @@ impl Layout {
         self.prefix.join("current")
     }
 
-    /// What containerd is told to run.
-    pub fn shim(&self) -> PathBuf {
-        self.current().join("bin").join(super::binaries::SHIM)
+    /// What containerd is told to run for pods of that class.
+    pub fn shim(&self, class: Class) -> PathBuf {
+        self.current().join("bin").join(class.program())
+    }
+
+    /// The name of a class's handler.
+    pub fn handler(&self, class: Class) -> String {
+        format!("{}{}", self.handler, class.suffix())
+    }
+
+    /// The names of all handlers that there can be.
+    pub fn handlers(&self) -> [String; 3] {
+        Class::ALL.map(|class| self.handler(class))
     }
 }
 

@@ -14,6 +14,7 @@ pub mod files;
 mod grpc;
 mod journal;
 mod layout;
+mod look;
 mod proof;
 mod stages;
 pub mod task;
@@ -37,6 +38,7 @@ Examples:
   casemate install --dry-run              what would be done here
   casemate install                        programs, containerd's configuration,
                                           restart if needed, proof
+  casemate install --compat               also the handler casemate-compat
   casemate install --binaries-only        for ctr and nerdctl: no configuration
   casemate install --restart-command 'rc-service containerd restart'
   casemate install --host-root /host      from a container with the node's root
@@ -86,7 +88,7 @@ pub struct Node {
     /// containerd's socket [default: /run/containerd/containerd.sock]
     #[arg(long, value_name = "SOCKET")]
     address: Option<PathBuf>,
-    /// Name of the runtime handler
+    /// Name of the runtime handler; those of its classes are NAME-strict, NAME-compat
     #[arg(long, value_name = "NAME", default_value = "casemate")]
     handler: String,
 }
@@ -124,6 +126,10 @@ pub struct Install {
     /// The programs alone: containerd's configuration stays as it is
     #[arg(long)]
     binaries_only: bool,
+    /// Offer the class compat too, HANDLER-compat: its pods have the profile compat,
+    /// whatever the node's configuration says of others
+    #[arg(long)]
+    compat: bool,
     /// Don't run a container to see that it can
     #[arg(long)]
     no_proof: bool,

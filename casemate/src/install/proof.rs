@@ -4,11 +4,12 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use casemate_spec::Class;
 use serde_json::Value;
 use tonic::{Code, Status};
 
 use super::binaries;
-use super::effective::Handler;
+use super::effective::{Handler, Handlers};
 use super::grpc::{
     Any, Client, Container, CreateContainer, CreateTask, Empty, KillTask, Mount, Named, OfTask,
     Runtime, StatusRequest, StatusResponse, VersionResponse, WaitResponse,
@@ -32,10 +33,10 @@ pub enum Loaded {
     Down(String),
     /// It runs without CRI.
     NoCri(String),
-    /// It has none of that name.
+    /// It has none of those names.
     No,
-    /// It has it, so.
-    Yes(Handler),
+    /// It has these.
+    Yes(Handlers),
 }
 
 /// Asks CRI for its configuration.
@@ -50,7 +51,15 @@ pub fn loaded(layout: &Layout) -> Loaded {
     match status {
         Ok(status) => {
             let config = status.info.get("config").map_or("", String::as_str);
-            handler_in(config, &layout.handler).map_or(Loaded::No, Loaded::Yes)
+            let names = layout.handlers();
+            let found: Handlers = names
+                .into_iter()
+                .filter_map(|name| Some((name.clone(), handler_in(config, &name)?)))
+                .collect();
+            match found.is_empty() {
+                true => Loaded::No,
+                false => Loaded::Yes(found),
+            }
         }
         Err(status) if status.code() == Code::Unimplemented => {
             Loaded::NoCri(one_line(status.message()))
@@ -100,8 +109,8 @@ pub fn wait(
     }
 }
 
-/// Runs a container on the installed shim: it looks at its own locks.
-pub fn container(layout: &Layout) -> Result<(), RunError> {
+/// Runs a container of that class on the installed shim: it looks at its own locks.
+pub fn container(layout: &Layout, class: Class) -> Result<(), RunError> {
     let mut client = Client::new(&layout.address, NAMESPACE)?;
     let version: Result<VersionResponse, Status> = client.call(
         "/containerd.services.version.v1.Version/Version",
@@ -110,7 +119,7 @@ pub fn container(layout: &Layout) -> Result<(), RunError> {
     );
     version.map_err(wrong("ask containerd for its version"))?;
     let id = format!("casemate-proof-{}", std::process::id());
-    let ran = run(&mut client, layout, &id);
+    let ran = run(&mut client, layout, class, &id);
     clean(&mut client, &id);
     match ran? {
         0 => Ok(()),
@@ -128,7 +137,7 @@ fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
     }
 }
 
-fn run(client: &mut Client, layout: &Layout, id: &str) -> Result<u32, RunError> {
+fn run(client: &mut Client, layout: &Layout, class: Class, id: &str) -> Result<u32, RunError> {
     let options = Run {
         rootfs: None,
         writable: false,
@@ -139,7 +148,7 @@ fn run(client: &mut Client, layout: &Layout, id: &str) -> Result<u32, RunError> 
         id: id.to_owned(),
         // A program's path is as good as a name, for every release.
         runtime: Some(Runtime {
-            name: layout.shim().display().to_string(),
+            name: layout.shim(class).display().to_string(),
         }),
         spec: Some(Any {
             type_url: SPEC.to_owned(),

@@ -1,40 +1,24 @@
 //! `casemate install`, stage by stage.
 
-use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use casemate_spec::Class;
 
 use super::Install;
 use super::binaries::{self, Payload};
-use super::config::{self, Config};
-use super::containerd::{self, Release};
-use super::effective::{Effective, Handler};
+use super::containerd;
+use super::effective::Effective;
 use super::files::{self, Owner};
 use super::journal::{self, Changed, Journal, Record};
 use super::layout::{ConfigFile, Layout};
+use super::look::{self, Seen, accept, classes, look, paths};
 use super::proof::{self, Loaded};
-use crate::error::{RunError, Step};
+use crate::error::RunError;
 
 /// One line for the person who watches; a closed stream is no reason to stop.
 pub fn say(stage: &str, text: impl std::fmt::Display) {
     let _lost = writeln!(std::io::stdout(), "{stage}: {text}");
-}
-
-/// What is to be written, in this order.
-struct Plan {
-    files: Vec<(PathBuf, String)>,
-    import: Option<String>,
-}
-
-/// What a look at the node has shown.
-struct Seen {
-    release: Release,
-    want: Handler,
-    before: Option<Effective>,
-    plan: Option<Plan>,
-    /// Whether the handler is of an operator's own making.
-    adopted: bool,
 }
 
 /// Runs the command.
@@ -114,17 +98,14 @@ impl Installation<'_> {
         seen: &Seen,
         record: &mut Record,
     ) -> Result<(), RunError> {
-        let Some(plan) = &seen.plan else {
+        for name in seen.adopted() {
             say(
                 "config",
-                format!("has the handler {}: unchanged", self.layout.handler),
+                format!("{name} isn't casemate's making, and uninstall will leave it"),
             );
-            if seen.adopted {
-                say(
-                    "config",
-                    "it isn't casemate's making, and uninstall will leave it",
-                );
-            }
+        }
+        let Some(plan) = &seen.plan else {
+            say("config", format!("has {}: unchanged", seen.names()));
             return Ok(());
         };
         for (path, text) in &plan.files {
@@ -151,25 +132,27 @@ impl Installation<'_> {
             say("config", format!("{}: written", path.display()));
         }
         record.handler = Some(self.layout.handler.clone());
+        record.handlers = seen.ours.keys().cloned().collect();
         record.import = plan.import.clone().or(record.import.take());
         if let (ConfigFile::Plain(path), Some(before)) = (&self.layout.config, &seen.before) {
             let text = containerd::effective(&self.layout.containerd, Some(path))?;
             accept(
                 before,
                 &Effective::parse(&text)?,
-                &self.layout.handler,
+                &self.layout.handlers(),
                 &seen.want,
             )?;
             say(
                 "config",
-                "containerd config dump: as before, and the handler",
+                format!("containerd config dump: as before, and {}", seen.names()),
             );
         }
         Ok(())
     }
 
     fn restart(&mut self, seen: &Seen) -> Result<(), RunError> {
-        let is_loaded = |now: &Loaded| matches!(now, Loaded::Yes(has) if *has == seen.want);
+        let layout = self.layout;
+        let is_loaded = |now: &Loaded| matches!(now, Loaded::Yes(has) if seen.is_in(has, layout));
         let before = proof::loaded(self.layout);
         if is_loaded(&before) {
             say("restart", "not needed: containerd has loaded the handler");
@@ -198,9 +181,9 @@ impl Installation<'_> {
                                        configuration? --config names it"
                             .to_owned(),
                         Loaded::Yes(has) => format!(
-                            "it has another handler of that name ({}): does it read another \
+                            "it has other handlers of these names ({}): does it read another \
                              configuration? --config names it",
-                            has.path
+                            paths(&has)
                         ),
                     }
                 ))
@@ -230,8 +213,17 @@ impl Installation<'_> {
             }
             return Err(RunError::Refused(format!("prove: {why}")));
         }
-        proof::container(self.layout)?;
-        say("proof", "a container ran in its sandbox, behind its locks");
+        for class in classes(self.options) {
+            proof::container(self.layout, class)?;
+            let of = match class {
+                Class::Node => String::new(),
+                class => format!(" of class {}", class.name()),
+            };
+            say(
+                "proof",
+                format!("a container{of} ran in its sandbox, behind its locks"),
+            );
+        }
         Ok(())
     }
 
@@ -263,200 +255,6 @@ impl Installation<'_> {
                  look at its log"
             )),
         }
-    }
-}
-
-/// The read-only part.
-fn look(options: &Install, layout: &Layout, record: &Record) -> Result<Seen, RunError> {
-    let release = containerd::release(&layout.containerd)?;
-    let want = config::handler(release.number, &layout.shim());
-    let mut seen = Seen {
-        release,
-        want,
-        before: None,
-        plan: None,
-        adopted: false,
-    };
-    if options.binaries_only {
-        return Ok(seen);
-    }
-    let name = &layout.handler;
-    if let Some(other) = record.handler.as_ref().filter(|other| *other != name) {
-        return Err(RunError::Refused(format!(
-            "check --handler {name}: casemate is installed as {other}: run casemate uninstall \
-             first"
-        )));
-    }
-    let path = match &layout.config {
-        ConfigFile::Plain(path) => path.clone(),
-        ConfigFile::Template(dir) => dir.join("config.toml"),
-    };
-    let text = text(&path)?;
-    let dump = containerd::effective(&layout.containerd, text.as_ref().map(|_| path.as_path()))?;
-    let before = Effective::parse(&dump)?;
-    if let Some(plugin) = before.without_cri() {
-        return Err(RunError::Refused(format!(
-            "check {}: CRI is off (disabled_plugins has {plugin:?}): take it out, or use \
-             --binaries-only, which is enough for ctr and nerdctl",
-            path.display()
-        )));
-    }
-    let has = before.handler(name);
-    let is_ours = record.handler.is_some();
-    if has.as_ref() == Some(&seen.want) {
-        seen.adopted = !is_ours;
-    } else if let (Some(has), false) = (&has, is_ours) {
-        return Err(RunError::Refused(format!(
-            "check {}: containerd has a runtime {name:?} already, not of casemate's making \
-             ({} {}): take it out, or choose another name with --handler",
-            path.display(),
-            has.kind,
-            has.path
-        )));
-    } else {
-        seen.plan = Some(match &layout.config {
-            ConfigFile::Plain(path) => plain(layout, &seen, &before, path, text.as_deref())?,
-            ConfigFile::Template(dir) => template(layout, &seen, dir)?,
-        });
-    }
-    seen.before = Some(before);
-    Ok(seen)
-}
-
-fn text(path: &Path) -> Result<Option<String>, RunError> {
-    let Some((bytes, _)) = files::read(path)? else {
-        return Ok(None);
-    };
-    String::from_utf8(bytes).map(Some).map_err(|_| {
-        RunError::Refused(format!("read {}: not UTF-8; mend it first", path.display()))
-    })
-}
-
-/// For a containerd that reads its own file.
-fn plain(
-    layout: &Layout,
-    seen: &Seen,
-    before: &Effective,
-    path: &Path,
-    text: Option<&str>,
-) -> Result<Plan, RunError> {
-    let parse = || match text {
-        Some(text) => Config::parse(text, path),
-        None => Ok(Config::new(before.version(), path)),
-    };
-    let (name, want) = (&layout.handler, &seen.want);
-    let mut root = parse()?;
-    // One of an older containerd's form, if it is there.
-    root.remove(name);
-    if seen.release.number.0 >= 2 {
-        let dir = path.parent().unwrap_or(Path::new("/")).join("conf.d");
-        let file = dir.join(match name.as_str() {
-            "casemate" => "casemate.toml".to_owned(),
-            other => format!("casemate-{other}.toml"),
-        });
-        let drop_in = config::drop_in(root.version(), name, want);
-        let mut import = None;
-        if !root.reads(&file) {
-            // A pattern, as containerd doesn't start when a file in the list is gone.
-            let pattern = dir.join("casemate*.toml").display().to_string();
-            root.import(&pattern)?;
-            import = Some(pattern);
-        }
-        let root = root.text();
-        let mut files = vec![(file, drop_in)];
-        if text != Some(root.as_str()) {
-            files.push((path.to_owned(), root));
-        }
-        let plan = Plan { files, import };
-        candidate(layout, path, &plan)?;
-        return Ok(plan);
-    }
-    // 1.x forgets its default runtimes as soon as the file has one.
-    let mut with = parse()?;
-    with.remove(name);
-    with.add(name, want, &[])?;
-    let lost = alone(layout, parse()?)?.lost_in(&alone(layout, with)?);
-    root.add(name, want, &lost)?;
-    let plan = Plan {
-        files: vec![(path.to_owned(), root.text())],
-        import: None,
-    };
-    candidate(layout, path, &plan)?;
-    Ok(plan)
-}
-
-/// What containerd would make of the plan, elsewhere on the disk: that it can read
-/// it. What it comes to is seen in its place, where imports may lead back to it.
-fn candidate(layout: &Layout, path: &Path, plan: &Plan) -> Result<(), RunError> {
-    let dir = scratch()?;
-    let mut root = match plan.files.iter().find(|(file, _)| file == path) {
-        Some((_, text)) => Config::parse(text, path)?,
-        None => Config::parse(&text(path)?.unwrap_or_default(), path)?,
-    };
-    for (file, text) in plan.files.iter().filter(|(file, _)| file != path) {
-        let name = file.file_name().unwrap_or_default();
-        let there = dir.path().join(name);
-        fs::write(&there, text).step("write", there.display())?;
-        root.import(&there.display().to_string())?;
-    }
-    effective(layout, &dir, &root.detached()).map(drop)
-}
-
-/// What a file comes to without its imports.
-fn alone(layout: &Layout, config: Config) -> Result<Effective, RunError> {
-    effective(layout, &scratch()?, &config.alone())
-}
-
-fn scratch() -> Result<tempfile::TempDir, RunError> {
-    tempfile::Builder::new()
-        .prefix("casemate-install-")
-        .tempdir()
-        .step("make a directory in", std::env::temp_dir().display())
-}
-
-fn effective(layout: &Layout, dir: &tempfile::TempDir, text: &str) -> Result<Effective, RunError> {
-    let there = dir.path().join("config.toml");
-    fs::write(&there, text).step("write", there.display())?;
-    Effective::parse(&containerd::effective(&layout.containerd, Some(&there))?)
-}
-
-/// For k3s and rke2, which make the file that containerd reads.
-fn template(layout: &Layout, seen: &Seen, dir: &Path) -> Result<Plan, RunError> {
-    let (newer, older) = (
-        dir.join("config-v3.toml.tmpl"),
-        dir.join("config.toml.tmpl"),
-    );
-    let is_newer = seen.release.number.0 >= 2 && (newer.exists() || !older.exists());
-    let (path, version) = if is_newer { (newer, 3) } else { (older, 2) };
-    let now = text(&path)?;
-    let with = config::template(now.as_deref(), version, &layout.handler, &seen.want);
-    Ok(Plan {
-        files: vec![(path, with)],
-        import: None,
-    })
-}
-
-fn accept(
-    before: &Effective,
-    after: &Effective,
-    name: &str,
-    want: &Handler,
-) -> Result<(), RunError> {
-    if after.handler(name).as_ref() != Some(want) {
-        return Err(RunError::Refused(format!(
-            "config: containerd config dump doesn't have the handler {name} as it was written: \
-             a file in its imports has another of that name, or (containerd 1.x) replaces the \
-             section of CRI: add the handler there by hand, as the README shows"
-        )));
-    }
-    let changed = before.differences(after, name);
-    match changed.first() {
-        None => Ok(()),
-        Some(first) => Err(RunError::Refused(format!(
-            "config: containerd config dump would change in {} more ({first}): that is never \
-             wanted; add the handler by hand, as the README shows",
-            changed.len()
-        ))),
     }
 }
 
@@ -516,14 +314,15 @@ fn dry_run(options: &Install, layout: &Layout, payload: &Payload) -> Result<(), 
             Some(plan) => {
                 for (path, text) in &plan.files {
                     say("config", format!("would write {}", path.display()));
-                    let now = self::text(path)?.unwrap_or_default();
+                    let now = look::text(path)?.unwrap_or_default();
                     for line in text.lines().filter(|line| !now.lines().any(|l| l == *line)) {
                         say("config", format!("  + {line}"));
                     }
                 }
             }
         }
-        let is_loaded = matches!(proof::loaded(layout), Loaded::Yes(has) if has == seen.want);
+        let is_loaded =
+            matches!(proof::loaded(layout), Loaded::Yes(has) if seen.is_in(&has, layout));
         match (is_loaded, options.restarting.no_restart) {
             (true, _) => say("restart", "not needed: containerd has loaded the handler"),
             (false, true) => say("restart", "left to you"),
@@ -537,7 +336,7 @@ fn dry_run(options: &Install, layout: &Layout, payload: &Payload) -> Result<(), 
         }
     }
     if !options.no_proof {
-        say("proof", "would run a container");
+        say("proof", "would run a container of each class");
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use super::Uninstall;
 use super::binaries;
 use super::config::{self, Config};
 use super::containerd;
-use super::effective::Effective;
+use super::effective::{Effective, Handler};
 use super::files;
 use super::journal::{self, Changed, Journal, Record};
 use super::layout::{ConfigFile, Layout};
@@ -56,6 +56,7 @@ pub fn uninstall(options: &Uninstall) -> Result<i32, RunError> {
     // configuration's.
     journal.commit(&Record {
         handler: None,
+        handlers: Vec::new(),
         import: None,
         files: Vec::new(),
         ..record.clone()
@@ -111,8 +112,8 @@ fn way(file: &Changed, record: &Record) -> Result<Way, RunError> {
         config::untemplate(&text)
     } else {
         let mut config = Config::parse(&text, &file.path)?;
-        if let Some(handler) = &record.handler {
-            config.remove(handler);
+        for handler in record.written() {
+            config.remove(&handler);
         }
         if let Some(import) = &record.import {
             config.unimport(import);
@@ -151,25 +152,28 @@ fn configure(journal: &mut Journal, layout: &Layout, record: &Record) -> Result<
             Way::Nothing => say("config", format!("{shown}: has nothing of casemate's")),
         }
     }
-    let (Some(handler), ConfigFile::Plain(path)) = (&record.handler, &layout.config) else {
+    let (Some(_), ConfigFile::Plain(path)) = (&record.handler, &layout.config) else {
         return Ok(());
     };
     let there = path.exists().then_some(path.as_path());
     let dump = Effective::parse(&containerd::effective(&layout.containerd, there)?)?;
-    match dump.handler(handler) {
-        Some(has) if Path::new(&has.path).starts_with(&layout.prefix) => {
-            Err(RunError::Refused(format!(
-                "config: containerd config dump still has the handler {handler}: take it out of \
-                 the file that somebody has copied it to"
-            )))
-        }
-        _ => Ok(()),
+    let left = record.written().into_iter().find(|handler| {
+        let has = dump.handler(handler);
+        has.is_some_and(|has| Path::new(&has.path).starts_with(&layout.prefix))
+    });
+    match left {
+        Some(handler) => Err(RunError::Refused(format!(
+            "config: containerd config dump still has the handler {handler}: take it out of \
+             the file that somebody has copied it to"
+        ))),
+        None => Ok(()),
     }
 }
 
 /// Has the running containerd forget the handler, if it knows it.
 fn forget(options: &Uninstall, layout: &Layout, handler: Option<&str>) -> Result<(), RunError> {
-    let knows = |now: &Loaded| matches!(now, Loaded::Yes(has) if Path::new(&has.path).starts_with(&layout.prefix));
+    let is_ours = |has: &Handler| Path::new(&has.path).starts_with(&layout.prefix);
+    let knows = |now: &Loaded| matches!(now, Loaded::Yes(has) if has.values().any(is_ours));
     if !knows(&proof::loaded(layout)) {
         say("restart", "not needed");
         return Ok(());

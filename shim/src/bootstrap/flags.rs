@@ -36,6 +36,8 @@ pub struct Flags {
     pub socket: String,
     /// `-events`: ttrpc address for events (`serve`).
     pub events: String,
+    /// `-class`: name of the pod's class (`serve`).
+    pub class: String,
     /// What to do.
     pub action: Option<Action>,
 }
@@ -128,6 +130,7 @@ impl Flags {
             "bundle" => Some(&mut self.bundle),
             "socket" => Some(&mut self.socket),
             "events" => Some(&mut self.events),
+            "class" => Some(&mut self.class),
             _ => None,
         }
     }

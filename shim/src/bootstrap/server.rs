@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use casemate_spec::Class;
 use futures::{Stream, StreamExt};
 use rustix::fs::{Mode, OFlags};
 use tokio::net::{UnixListener, UnixStream};
@@ -101,6 +102,9 @@ struct Prepared {
 /// Everything that can fail before anybody connects.
 fn prepare(flags: &Flags) -> Result<Prepared, String> {
     let listener = duplicate(io::stdin().as_fd()).map(StdListener::from)?;
+    let class = Class::of(&flags.class)
+        .ok_or_else(|| format!("-class {:?}: there is no such class", flags.class))?;
+    sandbox::set_class(class);
     leave_start_behind()?;
     let bundle =
         std::env::current_dir().map_err(|error| format!("read the working directory: {error}"))?;

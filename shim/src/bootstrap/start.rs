@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use casemate_spec::Class;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::shim::oci::Options;
 use protobuf::Message;
@@ -37,7 +38,8 @@ const READY_WITHIN: Duration = Duration::from_secs(5);
 const GONE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Runs the action. The error is the one line that containerd shows.
-pub fn run(flags: &Flags) -> Result<(), String> {
+pub fn run(flags: &Flags, program: &str) -> Result<(), String> {
+    let class = class(program)?;
     let bundle =
         std::env::current_dir().map_err(|error| format!("read the working directory: {error}"))?;
     let stdin = Stdin::parse(&read_stdin()?, flags)?;
@@ -66,7 +68,7 @@ pub fn run(flags: &Flags) -> Result<(), String> {
             let pod_id = spec.pod_id(&flags.id);
             // A shim of which nobody is told (a daemon that died meanwhile
             // reads no answer) would run for ever.
-            let served = spawn(flags, &stdin, listener, &path, pod_id)
+            let served = spawn(flags, class, &stdin, listener, &path, pod_id)
                 .and_then(|mut server| finish().inspect_err(|_| end(&mut server)));
             if served.is_err() {
                 delete::undo(&bundle);
@@ -77,6 +79,20 @@ pub fn run(flags: &Flags) -> Result<(), String> {
             served
         }
     }
+}
+
+/// By the name that this was run by, as links to it have one for each class.
+fn class(program: &str) -> Result<Class, String> {
+    let name = Path::new(program).file_name().unwrap_or_default();
+    Class::of_program(&name.to_string_lossy()).map_err(|class| {
+        format!(
+            "{program}: there is no class {class:?}: name the runtime of its handler after \
+             {}, {} or {}",
+            Class::Node.program(),
+            Class::Strict.program(),
+            Class::Compat.program()
+        )
+    })
 }
 
 /// What the bundle says. One without `config.json` is of the sandbox API.
@@ -247,6 +263,7 @@ fn read_stdin() -> Result<Vec<u8>, String> {
 /// cookie are set on this process, so that the server is born with them.
 fn spawn(
     flags: &Flags,
+    class: Class,
     stdin: &Stdin,
     listener: UnixListener,
     path: &Path,
@@ -272,6 +289,9 @@ fn spawn(
         .stdin(Stdio::from(OwnedFd::from(listener)))
         .stdout(Stdio::from(write))
         .stderr(Stdio::null());
+    if class != Class::Node {
+        command.arg("-class").arg(class.name());
+    }
     if flags.debug || stdin.wants_debug() {
         command.arg("-debug");
     }

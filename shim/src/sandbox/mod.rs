@@ -3,6 +3,7 @@
 //! typed errors; the service layer owns records, events and RPC rules.
 
 mod broker;
+mod config;
 mod container;
 mod explain;
 mod facts;
@@ -48,15 +49,16 @@ use crate::plan;
 use crate::record::Records;
 use crate::record::learned::Learned;
 use broker::Broker;
+use config::read_config;
+pub use config::{has_api, set_class};
 use leftovers::Leftovers;
 use profiles::Profiles;
-use reading::{read_config, read_spec, tightened};
+use reading::{read_spec, tightened};
 
 pub use container::Container;
 pub use hooks::after_death;
 use pause::Pause;
 pub use place::keep_limits;
-pub use reading::has_api;
 pub use shared::Files;
 use shared::Shared;
 

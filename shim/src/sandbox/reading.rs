@@ -1,29 +1,12 @@
-//! What the shim reads: the node's configuration, and specifications under it.
+//! What the shim reads: specifications, under the node's configuration.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use casemate_spec::{Annotations, Config, Context, Tightened};
 
 use super::SandboxError;
 use super::profiles::Profiles;
 use crate::host::{Step, dev, lsm};
-
-/// Environment variable with another path for config.toml.
-const CONFIG_VARIABLE: &str = "CASEMATE_CONFIG";
-
-/// Whether the node's configuration has the sandbox API on.
-pub fn has_api() -> Result<bool, SandboxError> {
-    read_config().map(|config| config.sandbox.api)
-}
-
-/// The node's configuration.
-pub fn read_config() -> Result<Config, SandboxError> {
-    let path = std::env::var_os(CONFIG_VARIABLE).map_or_else(
-        || PathBuf::from(casemate_spec::config::DEFAULT_PATH),
-        PathBuf::from,
-    );
-    Config::read(&path).map_err(|e| SandboxError::Invalid(e.to_string()))
-}
 
 /// What a document is read under: the node's configuration, for a container of a pod
 /// that pod's own annotations, and the profiles there are.

@@ -5,6 +5,7 @@
 //! One daemon of each generation serves all tests. Each test makes its own pods
 //! and takes them away again.
 
+mod classes;
 mod client;
 mod config;
 mod guard;
@@ -81,6 +82,7 @@ fn open(generation: Generation) -> Result<Cri, Stop> {
 /// All tests, for all generations.
 pub fn trials() -> Vec<Trial> {
     let shared = [
+        classes::TESTS,
         guard::TESTS,
         learn::TESTS,
         life::TESTS,

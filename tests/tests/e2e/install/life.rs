@@ -24,6 +24,7 @@ trials! {
     install_without_a_configuration_makes_one,
     install_adopts_a_handler_made_by_hand,
     install_in_the_nodes_root,
+    install_offers_compat_only_when_asked,
 }
 
 /// On each containerd: nothing by a dry run, all by a run, nothing more by a
@@ -38,14 +39,18 @@ pub fn and_back(generation: Generation) -> Outcome {
     let said = node.must("install", &[])?;
     ensure!(
         said.contains("restart: containerd is back, and has loaded the handler")
-            && said.contains("proof: a container ran in its sandbox"),
+            && said.contains("proof: a container ran in its sandbox")
+            && said.contains("proof: a container of class strict ran in its sandbox"),
         "install: {said}"
     );
     ensure_eq!(node.starts(), 2, "starts of containerd");
     let dump = node.dump()?;
     // containerd forgets its default as soon as there is another, up to 1.7.
     ensure!(
-        dump.contains("runtimes.runc]") && dump.contains("runtimes.casemate]"),
+        dump.contains("runtimes.runc]")
+            && dump.contains("runtimes.casemate]")
+            && dump.contains("runtimes.casemate-strict]")
+            && !dump.contains("runtimes.casemate-compat]"),
         "runtimes after the installation: {dump}"
     );
     ensure!(dump.contains("casemate.io/*"), "annotations: {dump}");
@@ -191,7 +196,7 @@ fn install_keeps_what_an_operator_has_changed_since() -> Outcome {
         // Nothing to do for a second run, whatever else is in the file.
         let said = node.must("install", &more)?;
         ensure!(
-            said.contains("config: has the handler casemate: unchanged"),
+            said.contains("config: has casemate, casemate-strict: unchanged"),
             "{said}"
         );
         let said = node.must("uninstall", &["--no-restart"])?;
@@ -261,6 +266,42 @@ fn install_without_a_configuration_makes_one() -> Outcome {
             generation.version()
         );
         node.must("uninstall", &["--no-restart"])?;
+        same("after uninstall", &before, &node.tree())?;
+    }
+    Ok(())
+}
+
+fn install_offers_compat_only_when_asked() -> Outcome {
+    for generation in [Generation::V1_6, Generation::V2_1] {
+        let node = Node::running(generation)?;
+        let before = node.tree();
+        node.must("install", &[])?;
+        let without = node.tree();
+        let said = node.must("install", &["--compat"])?;
+        ensure!(
+            said.contains("proof: a container of class compat"),
+            "{said}"
+        );
+        ensure!(
+            node.dump()?.contains("runtimes.casemate-compat]"),
+            "no handler casemate-compat"
+        );
+        // Who doesn't ask again takes it back, on disk and in containerd.
+        let starts = node.starts();
+        node.must("install", &[])?;
+        ensure_eq!(node.starts(), starts + 1, "starts of containerd");
+        ensure!(
+            !node.dump()?.contains("compat"),
+            "the handler casemate-compat is left"
+        );
+        let record = node.dir.join("var/lib/casemate/install/record.json");
+        let (mut rest, mut expected) = (node.tree(), without);
+        // It has digests of what was there in between.
+        rest.remove(&record);
+        expected.remove(&record);
+        same("after --compat was taken back", &expected, &rest)?;
+        node.must("install", &["--compat"])?;
+        node.must("uninstall", &[])?;
         same("after uninstall", &before, &node.tree())?;
     }
     Ok(())
