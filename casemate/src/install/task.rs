@@ -125,7 +125,6 @@ impl Daemon {
                 value: process.to_string().into_bytes(),
             }),
             exec_id: exec.id.to_owned(),
-            ..ExecProcess::default()
         };
         let path = "/containerd.services.tasks.v1.Tasks/Exec";
         self.client
