@@ -25,7 +25,8 @@ Examples:
   casemate profile diff default shop               what differs
   casemate profile list                            what this node has
 
-How to learn from a pod and then hold it to that: docs/learning.md.";
+How to learn from a pod and then hold it to that: docs/learning.md. Exit status: 0;
+of diff and check 1 where there is something to tell; 125 if casemate itself failed.";
 
 /// What to do with profiles.
 #[derive(Debug, Args)]
