@@ -20,6 +20,7 @@ mod pages;
 mod paint;
 mod posture;
 mod profile;
+mod progress;
 mod ps;
 mod report;
 mod rootfs;

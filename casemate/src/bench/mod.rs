@@ -5,7 +5,7 @@ mod figures;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{IsTerminal, Write as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -18,6 +18,7 @@ use crate::error::{RunError, Step};
 use crate::install::task::{Daemon, Exec};
 use crate::metrics::pss;
 use crate::operator;
+use crate::progress::Progress;
 use crate::rootfs;
 use figures::Figures;
 
@@ -105,17 +106,9 @@ pub fn run(options: &Bench) -> Result<i32, RunError> {
     // Ids of a sandbox come in where only root could.
     open_to_all(dir.path())?;
     let mut found = Figures::default();
-    let shown = std::io::stderr().is_terminal();
+    let progress = Progress::of(u64::from(options.rounds), "round");
     let measured = (0..options.rounds).try_for_each(|round| {
-        if shown {
-            // Nobody reads it where it can't be written.
-            let _lost = write!(
-                std::io::stderr(),
-                "\rround {} of {} ",
-                round + 1,
-                options.rounds
-            );
-        }
+        progress.step("");
         for turn in 0..runtimes.len() {
             // Who is second today is first tomorrow.
             let at = (turn + round as usize) % runtimes.len();
@@ -125,9 +118,7 @@ pub fn run(options: &Bench) -> Result<i32, RunError> {
         }
         Ok(())
     });
-    if shown {
-        let _lost = writeln!(std::io::stderr());
-    }
+    drop(progress);
     daemon.forget_namespace();
     measured?;
     let names: Vec<String> = runtimes.iter().map(|r| r.name.clone()).collect();

@@ -24,6 +24,8 @@ use crate::error::{RunError, Step};
 use crate::inspect;
 use crate::metrics;
 use crate::operator::{self, Operator, Pod};
+use crate::paint::plain;
+use crate::progress::Progress;
 use redact::{Secrets, strip};
 
 /// Help text.
@@ -149,7 +151,9 @@ pub fn run(options: &Collect) -> Result<i32, RunError> {
 async fn of_pods(report: &mut Report, pods: &[Pod]) -> Result<(), RunError> {
     let mut list = Vec::new();
     let mut events: Vec<Value> = operator::refusals();
+    let progress = Progress::of(pods.len().min(PODS) as u64, "pod");
     for (n, pod) in pods.iter().take(PODS).enumerate() {
+        progress.step(&plain(&pod.id));
         let at = format!("pods/{n}");
         list.push(json!({
             "pod": pod.id, "namespace": pod.namespace, "since": pod.since, "files": at,

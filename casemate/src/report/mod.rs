@@ -19,6 +19,8 @@ use crate::clock;
 use crate::error::{RunError, Step};
 use crate::inspect;
 use crate::operator::{self, Operator, Pod};
+use crate::paint::plain;
+use crate::progress::Progress;
 use crate::ps;
 use facts::{Bar, Figures};
 use html::Page;
@@ -80,7 +82,9 @@ pub fn run(options: &Report) -> Result<i32, RunError> {
     let count = pods.len();
     let told = operator::block_on(async {
         let mut told = Vec::new();
+        let progress = Progress::of(count.min(PODS) as u64, "pod");
         for pod in pods.into_iter().take(PODS) {
+            progress.step(&plain(&pod.id));
             let said = match timeout(EACH, ask(&pod)).await {
                 Ok(said) => said.map_err(|error| error.to_string()),
                 Err(_) => Err(format!("no answer within {} s", EACH.as_secs())),

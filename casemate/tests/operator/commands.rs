@@ -21,6 +21,7 @@ crate::trials![
     commands_report_of_a_node,
     commands_report_shows_what_is_wrong,
     commands_bench_beside_runc,
+    commands_show_progress_on_terminals_alone,
     commands_complete_themselves,
     commands_have_manual_pages,
 ];
@@ -84,6 +85,30 @@ fn commands_report_of_a_node() -> Outcome {
         "{}",
         none.err()
     );
+    Ok(task.finish()?)
+}
+
+/// script(1) makes a terminal.
+fn commands_show_progress_on_terminals_alone() -> Outcome {
+    ready()?;
+    let mut task = Task::new("progress", &["/bin/probe", "sleep"])?;
+    task.boot()?;
+    task.create()?;
+    task.rpc()?.start(&task.id)?;
+    let program = command(&[])?.get_program().to_owned();
+    let file = task.side.join("node.html");
+    let line = format!(
+        "{} report --html {}",
+        program.to_string_lossy(),
+        file.display()
+    );
+    let mut seen = Command::new("script");
+    seen.env("TERM", "xterm").args(["-qec", &line, "/dev/null"]);
+    let seen = run(&mut seen, &[], LONG)?.ok()?;
+    ensure!(seen.out().contains("pod 1 of 1 ["), "{:?}", seen.out());
+    let unseen = casemate(&["report", "--html", &file.display().to_string()])?.ok()?;
+    ensure_eq!(unseen.err(), "", "standard error of no terminal");
+    ensure_eq!(unseen.out(), "", "standard output");
     Ok(task.finish()?)
 }
 

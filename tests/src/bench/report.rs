@@ -26,7 +26,7 @@ struct Bar {
 }
 
 /// What casemate promises.
-const BARS: [Bar; 10] = [
+const BARS: [Bar; 11] = [
     Bar {
         row: CREATE_START,
         against: Against::Peer("crun"),
@@ -76,6 +76,11 @@ const BARS: [Bar; 10] = [
         row: "inside: fork+exec",
         against: Against::Peer("runc"),
         limit: 1.05,
+    },
+    Bar {
+        row: "inside: refused call",
+        against: Against::Figure,
+        limit: 10_000.0,
     },
 ];
 

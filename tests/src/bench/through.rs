@@ -15,6 +15,15 @@ use super::samples::{Samples, Unit};
 /// The image: busybox, `probe` and `microbench`.
 pub const IMAGE: &str = "casemate.test/bench:latest";
 const LIMIT: Duration = Duration::from_secs(60);
+/// What `microbench` measures.
+const CALLS: [&str; 6] = [
+    "getpid",
+    "open+close",
+    "stat",
+    "pread",
+    "fork+exec",
+    "refused call",
+];
 
 /// Loads the image into the containerd of this runtime.
 pub fn import(peer: &Peer) -> Result<()> {
@@ -96,7 +105,7 @@ pub fn inside(peer: &Peer, samples: &mut Samples) -> Result<()> {
         .find_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
         .and_then(|value| value.as_object().cloned())
         .ok_or_else(|| Failure::Unexpected(format!("microbench wrote no JSON: {text:?}")))?;
-    for name in ["getpid", "open+close", "stat", "pread", "fork+exec"] {
+    for name in CALLS {
         let value = figures.get(name).and_then(serde_json::Value::as_f64);
         let missing = || Failure::Unexpected(format!("microbench wrote no {name}: {text:?}"));
         let row = format!("inside: {name}");

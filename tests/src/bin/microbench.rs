@@ -8,7 +8,9 @@ use std::io;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
+use casemate_sys::attempt;
 use rustix::fs::{CWD, Mode, OFlags};
+use rustix::thread::CpuSet;
 
 /// A small file of every image.
 const FILE: &str = "/etc/passwd";
@@ -16,6 +18,8 @@ const FILE: &str = "/etc/passwd";
 const PROGRAM: &str = "/bin/true";
 const BATCHES: usize = 60;
 const BATCH: Duration = Duration::from_micros(500);
+/// How many calls are refused.
+const REFUSALS: usize = 2000;
 
 fn main() -> ExitCode {
     match measure() {
@@ -51,10 +55,34 @@ fn measure() -> io::Result<String> {
         Ok(())
     })?;
     let exec = measured(|| Command::new(PROGRAM).status().map(drop))?;
+    let refused = refused()?;
     Ok(format!(
         "{{\"getpid\":{getpid:.1},\"open+close\":{open:.1},\"stat\":{stat:.1},\
-         \"pread\":{pread:.1},\"fork+exec\":{exec:.1}}}"
+         \"pread\":{pread:.1},\"fork+exec\":{exec:.1},\"refused call\":{refused:.1}}}"
     ))
+}
+
+/// Nanoseconds of a refused call, at the median, on one CPU: where another process has
+/// to say so, it is woken on this one.
+fn refused() -> io::Result<f64> {
+    let all = rustix::thread::sched_getaffinity(None)?;
+    let mut one = CpuSet::new();
+    let first = (0..CpuSet::MAX_CPU).find(|cpu| all.is_set(*cpu));
+    one.set(first.unwrap_or(0));
+    rustix::thread::sched_setaffinity(None, &one)?;
+    let mut times = Vec::with_capacity(REFUSALS);
+    for _ in 0..REFUSALS {
+        let begun = Instant::now();
+        let answer = attempt::call("mount");
+        times.push(begun.elapsed());
+        if answer.is_ok() {
+            return Err(io::Error::other("mount was let through"));
+        }
+    }
+    rustix::thread::sched_setaffinity(None, &all)?;
+    times.sort_unstable();
+    let median = times.get(REFUSALS / 2).copied().unwrap_or_default();
+    Ok(median.as_nanos() as f64)
 }
 
 /// Nanoseconds per call of `operation` in the batch at the lower quartile.
