@@ -482,9 +482,6 @@ fn filter_refuses(profile: &str) -> Outcome {
             "ioctl-sti" | "ioctl-sti-high" => &["EPERM"],
             "i386-getpid" => &["SIGSYS"],
             "x32-getpid" => &["SIGSYS", "ENOSYS"],
-            // The network namespace is not the pod's: its rules can't be changed.
-            "socket-netfilter" if profile == "compat" => continue,
-            "socket-packet" if profile == "compat" => &["EPERM"],
             "socket-netfilter" => &["EPROTONOSUPPORT"],
             other if other.starts_with("socket-") => &["EAFNOSUPPORT"],
             _ => &["ENOSYS", "EPERM"],

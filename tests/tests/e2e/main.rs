@@ -56,6 +56,7 @@ mod probes;
 mod probes_outside;
 mod probes_topics;
 mod profiles;
+mod reach;
 mod rpc;
 mod rpc_abuse;
 mod sandbox;
@@ -132,6 +133,7 @@ fn main() -> ExitCode {
         posture::trials(),
         posture_changes::trials(),
         probes::trials(),
+        reach::trials(),
         probes_outside::trials(),
         hostile::trials(),
         hostile_node::trials(),

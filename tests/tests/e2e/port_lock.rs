@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::TcpListener;
+use std::path::Path;
 
 use casemate_sys::landlock;
 use casemate_sys::namespace::{self, kind};
@@ -54,7 +55,7 @@ const ATTEMPTS: [(&str, i32); 14] = [
 ];
 const EACCES: i32 = 13;
 const EOPNOTSUPP: i32 = 95;
-const ENOPROTOOPT: i32 = 92;
+const EPROTONOSUPPORT: i32 = 93;
 
 /// Needs Linux 6.7.
 fn landlock_has_ports() -> Outcome {
@@ -216,8 +217,12 @@ fn port_lock_is_off_unless_loopback_is_named() -> Outcome {
     Ok(task.finish()?)
 }
 
-/// Kinds of TCP that Landlock doesn't look at, in the profile that has all of them: not
-/// where there is a lock, but where there is none.
+fn mptcp_switch() -> &'static Path {
+    Path::new("/proc/sys/net/mptcp/enabled")
+}
+
+/// Kinds of TCP that Landlock doesn't look at: TCP with data in its first packet goes
+/// where there is no lock and not where there is one, MPTCP in no profile.
 fn port_lock_has_no_way_past_it() -> Outcome {
     landlock_has_ports()?;
     let past = |name: &str, egress: &str| -> Result<String, Stop> {
@@ -229,22 +234,26 @@ fn port_lock_has_no_way_past_it() -> Outcome {
         task.rpc()?.start(&task.id)?;
         let _listeners = listeners(init(&task)?)?;
         let ways = ["fastopen:127.0.0.1:8003", "mptcp:127.0.0.1:8003"];
-        let text = say(&task, "e", &[&["/bin/probe", "ports"], &ways[..]].concat())?;
+        let mut text = say(&task, "e", &[&["/bin/probe", "ports"], &ways[..]].concat())?;
+        if mptcp_switch().exists() {
+            let path = mptcp_switch().to_string_lossy();
+            text += &format!("switch {}", say(&task, "m", &["/bin/cat", &path])?);
+        }
         task.finish()?;
         Ok(text)
     };
     let free = past("portways", "loopback:*")?;
     ensure!(free.contains("fastopen:127.0.0.1:8003 0\n"), "{free}");
-    // Where this kernel has it.
-    let has_mptcp = free.contains("mptcp:127.0.0.1:8003 0\n");
     let held = past("portways", "loopback:8002")?;
     ensure!(
         held.contains(&format!("fastopen:127.0.0.1:8003 {EOPNOTSUPP}\n")),
         "{held}"
     );
-    ensure!(
-        held.contains(&format!("mptcp:127.0.0.1:8003 {ENOPROTOOPT}\n")) || !has_mptcp,
-        "{held}"
-    );
+    let refused = format!("mptcp:127.0.0.1:8003 {EPROTONOSUPPORT}\n");
+    ensure!(free.contains(&refused), "{free}");
+    ensure!(held.contains(&refused), "{held}");
+    // Nor would the kernel know it in a namespace with a lock.
+    let off = held.ends_with("switch 0\n");
+    ensure!(off || !mptcp_switch().exists(), "{held}");
     Ok(())
 }

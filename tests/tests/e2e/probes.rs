@@ -47,7 +47,7 @@ pub fn checks() -> PathBuf {
 }
 
 /// A task with everything in it that probes are after.
-fn task(name: &str) -> Result<Task, Stop> {
+pub fn task(name: &str) -> Result<Task, Stop> {
     let mut task = Task::new(name, &["/bin/checks", "run"])?;
     let upper = task.side.join("upper");
     fs::create_dir_all(upper.join("bin"))?;
@@ -92,25 +92,32 @@ fn task(name: &str) -> Result<Task, Stop> {
     Ok(task)
 }
 
-fn answers_of(mut task: Task) -> Result<Answers, Stop> {
+/// Runs it to its end; what it wrote.
+pub fn said_by(mut task: Task) -> Result<String, Stop> {
     task.boot()?;
     task.create()?;
     task.rpc()?.start(&task.id)?;
-    task.rpc()?.wait(&task.id, LIMIT)?;
+    let ended = task.rpc()?.wait(&task.id, LIMIT)?;
     task.rpc()?.delete(&task.id)?;
     let out = task.stdout.text(LIMIT)?;
     let errors = String::from_utf8_lossy(&task.stderr.so_far()).into_owned();
-    let answers = probes::parse(&out)?;
-    ensure!(
-        answers.len() > 600,
-        "only {} answers: {out} {errors}",
-        answers.len()
-    );
     rustix::mount::unmount(
         task.side.join("volume/below"),
         rustix::mount::UnmountFlags::DETACH,
     )?;
     task.finish()?;
+    ensure!(
+        ended.exit_status == 0,
+        "status {}: {out} {errors}",
+        ended.exit_status
+    );
+    Ok(out)
+}
+
+fn answers_of(task: Task) -> Result<Answers, Stop> {
+    let out = said_by(task)?;
+    let answers = probes::parse(&out)?;
+    ensure!(answers.len() > 600, "only {} answers: {out}", answers.len());
     Ok(answers)
 }
 
@@ -157,6 +164,12 @@ pub fn default_seccomp() -> Result<Value, Stop> {
 
 fn under_runc() -> Result<Answers, Stop> {
     let mut task = task("peer")?;
+    as_runc(&mut task)?;
+    answers_of(task)
+}
+
+/// Has runc run it, with containerd's default profile.
+pub fn as_runc(task: &mut Task) -> Outcome {
     let path = World::get()?.path();
     let mut dirs = path
         .split(':')
@@ -166,7 +179,7 @@ fn under_runc() -> Result<Answers, Stop> {
     };
     task.shim.program = shim;
     task.spec["linux"]["seccomp"] = default_seccomp()?;
-    answers_of(task)
+    Ok(())
 }
 
 fn natively() -> Result<Answers, Stop> {

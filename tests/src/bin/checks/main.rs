@@ -5,7 +5,7 @@
 //! what the probe is after), `entered E` (the call went past what should have
 //! stopped it, and failed later for reasons of its own), `refused E`, `absent E`
 //! (what is attacked isn't in this kernel, or so it says), `died SIGNAL` and
-//! `n/a WHY`. `checks list` says what each is after. Nothing here changes a
+//! `n/a WHY`. `checks list` says what each is after, `checks reach` counts arguments. Nothing here changes a
 //! host that it is run on as control: calls get arguments that fail once they
 //! are past the lock, or act on what was made for the purpose.
 
@@ -17,6 +17,7 @@ mod net;
 mod netlink;
 mod paths;
 mod plant;
+mod reach;
 
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -287,6 +288,7 @@ fn main() -> ExitCode {
         ["control"] => control(None),
         ["control", part] => control(Some(part)),
         ["list"] => list(),
+        ["reach"] => reach::run(),
         ["plant", name] => plant::plant(name),
         ["look", name] => plant::look(name),
         ["abort"] => std::process::abort(),

@@ -34,7 +34,7 @@ fn path_fd(path: &str) -> Result<OwnedFd, No> {
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
-fn made_dir(name: &str) -> Result<String, No> {
+pub fn made_dir(name: &str) -> Result<String, No> {
     let path = scratch(name);
     fs::create_dir(&path)?;
     Ok(path)

@@ -75,7 +75,7 @@ const READ_ONLY: [&str; 15] = [
 ];
 
 /// Files that tell of the host, beside those that are masked.
-const TELL: [(&str, &str); 14] = [
+const TELL: [(&str, &str); 13] = [
     ("/sys/class/dmi/id/product_uuid", "an id of the machine"),
     ("/sys/class/dmi/id/product_serial", "an id of the machine"),
     ("/sys/class/dmi/id/board_serial", "an id of the machine"),
@@ -84,8 +84,7 @@ const TELL: [(&str, &str); 14] = [
     ("/proc/pagetypeinfo", "the kernel's pages, for aiming"),
     ("/proc/kpagecount", "the node's memory, page by page"),
     ("/proc/kpageflags", "the node's memory, page by page"),
-    ("/sys/kernel/debug/tracing", "the kernel's tracing"),
-    ("/sys/kernel/tracing/trace", "the kernel's tracing"),
+    ("/sys/kernel/debug", "drivers' and the kernel's insides"),
     ("/sys/kernel/security/lsm", "security modules of the host"),
     ("/sys/fs/pstore", "crash dumps of the host"),
     ("/sys/kernel/boot_params/data", "the boot loader's data"),
@@ -105,6 +104,28 @@ fn addresses(path: &str) -> Done {
             .is_some_and(|address| address != 0)
     });
     only_if(real.is_some(), "addresses that are not zero")
+}
+
+/// A file of tracefs, where that is mounted or where one mounts it.
+fn traces(file: &str, write: bool) -> Done {
+    let open = |below: &str| {
+        let mut how = fs::OpenOptions::new();
+        how.read(!write).write(write);
+        how.open(format!("{below}/{file}"))
+    };
+    for usual in ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"] {
+        if open(usual).is_ok() {
+            return Ok(usual.to_owned());
+        }
+    }
+    let at = crate::mounts::made_dir("trace")?;
+    let none = rustix::mount::MountFlags::empty();
+    let done = rustix::mount::mount("none", &at, "tracefs", none, None)
+        .map_err(No::from)
+        .and_then(|()| gained(open(&at)));
+    let _ = rustix::mount::unmount(&at, rustix::mount::UnmountFlags::DETACH);
+    let _ = fs::remove_dir(&at);
+    done
 }
 
 /// Page frame numbers of the own memory: the way to physical addresses.
@@ -341,6 +362,23 @@ pub fn checks() -> Vec<Check> {
         )
         .entered(&[Errno::INVAL]),
     ]);
+    for (name, file, write, means) in [
+        ("events", "available_events", false, "the kernel's events"),
+        ("pipe", "trace_pipe", false, "what the node's kernel does"),
+        (
+            "probes",
+            "kprobe_events",
+            true,
+            "probes in the kernel's code",
+        ),
+    ] {
+        all.push(
+            Check::new(&format!("T28.tracefs-{name}"), means, move || {
+                traces(file, write)
+            })
+            .absent(&[Errno::NODEV]),
+        );
+    }
     for (path, means) in TELL {
         all.push(
             Check::new(&format!("T28.read-{}", id_of(path)), means, move || {
