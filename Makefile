@@ -82,6 +82,7 @@ compatibility: quick
 
 vm-test: quick
 	$(CARGO) test --profile quick --locked -p casemate-tests --test e2e --no-run
+	$(CARGO) test --profile quick --locked -p casemate-netguard --test kernel --no-run
 	@TARGET=$(abspath $(TARGET)/quick) scripts/vm-test.sh $(VM_SUITES)
 
 # The links of all pages, and what stands in blocks that say "sh test".

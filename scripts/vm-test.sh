@@ -3,7 +3,7 @@
 # alone: those of tests/vm-trials.txt, and for SUITE:systemd, where the suite's
 # systemd is process 1, those of tests/vm-systemd-trials.txt. SUITE:selinux boots
 # with SELinux in place of AppArmor, for the one trial about it, SUITE:bare without
-# nf_tables.
+# nf_tables. SUITE alone also runs the guard's own tests on nf_tables.
 #
 #   TARGET=DIR scripts/vm-test.sh SUITE[:systemd|:selinux|:bare]…
 #
@@ -11,19 +11,27 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 binaries=${TARGET:?}
-trials=$(find "$binaries/deps" -maxdepth 1 -type f -executable -name 'e2e-*' -printf '%T@ %p\n' |
-  sort -n | tail -n 1 | cut -d' ' -f2)
-[ -n "$trials" ] || { echo "no e2e program in $binaries/deps" >&2; exit 1; }
+newest() {
+  find "$binaries/deps" -maxdepth 1 -type f -executable -name "$1-*" -printf '%T@ %p\n' |
+    sort -n | tail -n 1 | cut -d' ' -f2 | grep . ||
+    { echo "no program $1 in $binaries/deps" >&2; return 1; }
+}
+trials=$(newest e2e)
+guard=$(newest kernel)
 
 export CASEMATE_TEST_BIN_DIR=$binaries
-copy="$trials $here/tests/allowed-skips.txt"
+copy="$trials $guard $here/tests/allowed-skips.txt"
 for name in casemate casemate-agent containerd-shim-casemate-v2 probe testbed; do
   copy+=" $binaries/$name"
 done
 failed=0
 for where in "$@"; do
   list=$here/tests/vm-trials.txt
+  program=(sh -c 'uname -r; cat /proc/1/comm; "$0" && exec "$1"' "$trials" "$guard")
   unset VM_SYSTEMD VM_APPEND CASEMATE_TEST_SLICE CASEMATE_TEST_SELINUX
+  if [ "${where#*:}" != "$where" ]; then
+    program=(sh -c 'uname -r; cat /proc/1/comm; exec "$0"' "$trials")
+  fi
   if [ "${where#*:}" = systemd ]; then
     list=$here/tests/vm-systemd-trials.txt
     export VM_SYSTEMD=1 CASEMATE_TEST_SLICE=casemate_vm-tests.slice
@@ -37,7 +45,6 @@ for where in "$@"; do
     export VM_APPEND="casemate.without=nf_tables"
   fi
   export CASEMATE_TEST_LIST=$list VM_COPY="$copy $list"
-  VM_SECONDS=${VM_SECONDS:-300} "$here/scripts/vm.sh" "${where%%:*}" \
-    sh -c 'uname -r; cat /proc/1/comm; exec "$0"' "$trials" || failed=1
+  VM_SECONDS=${VM_SECONDS:-300} "$here/scripts/vm.sh" "${where%%:*}" "${program[@]}" || failed=1
 done
 exit "$failed"

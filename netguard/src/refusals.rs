@@ -232,6 +232,40 @@ mod tests {
         Some((read.address.to_string(), read.protocol, read.port))
     }
 
+    /// Else a set that is once full would tell nothing new as long as the pod lives.
+    #[test]
+    fn what_was_refused_is_forgotten() {
+        use casemate_sys::namespace::{self, kind};
+        const GET_SET: u16 = 10;
+        const TIMEOUT: u16 = 11;
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: needs root");
+            return;
+        }
+        let timeouts = std::thread::spawn(|| {
+            namespace::unshare(kind::NET).unwrap();
+            crate::install(&crate::Rules {
+                egress: Some(Vec::new()),
+                ingress: Some(Vec::new()),
+                ..crate::Rules::default()
+            })
+            .unwrap();
+            let mut ask = Messages::default();
+            ask.add(GET_SET, flag::DUMP, "sets", |a| a.text(1, TABLE));
+            let mut timeouts = Vec::new();
+            let read = Socket::open().unwrap().list(&ask, |answer| {
+                let timeout = answer.attributes().find(|(kind, _)| *kind == TIMEOUT);
+                let first = timeout.and_then(|(_, bytes)| bytes.first_chunk());
+                timeouts.push(first.map(|bytes| u64::from_be_bytes(*bytes)));
+            });
+            read.unwrap();
+            timeouts
+        });
+        let timeouts = timeouts.join().unwrap();
+        assert_eq!(timeouts.len(), sets().count());
+        assert!(timeouts.iter().all(Option::is_some), "{timeouts:?}");
+    }
+
     #[test]
     fn headers_are_read() {
         let mut v4 = vec![0; 24];

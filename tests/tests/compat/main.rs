@@ -109,10 +109,14 @@ fn run(workload: &Workload, profile: &str, root: &Path) -> Result<End, Stop> {
     task.create()?;
     task.rpc()?.start(&task.id)?;
     let ended = task.rpc()?.wait(&task.id, LIMIT);
-    let said = String::from_utf8_lossy(&task.stdout.so_far()).into_owned();
-    let status = match ended {
-        Ok(reply) => reply.exit_status,
+    let (status, said) = match ended {
+        Ok(reply) => {
+            // All of it: what says the reason is the last.
+            task.rpc()?.delete(&task.id)?;
+            (reply.exit_status, task.stdout.text(LIMIT)?)
+        }
         Err(error) => {
+            let said = String::from_utf8_lossy(&task.stdout.so_far()).into_owned();
             let _ = task.finish();
             return Err(Stop::Fail(format!("{error}: {}", last(&said))));
         }

@@ -25,6 +25,7 @@ crate::trials![
     oci_devices_of_the_node_by_leave,
     oci_refused_fields_are_named,
     oci_rlimits,
+    oci_core_dumps_by_leave,
     oci_hugepages_and_unified,
 ];
 
@@ -462,4 +463,64 @@ fn oci_hugepages_and_unified() -> Outcome {
         expect(task, &["linux.resources.hugepageLimits", size])?;
     }
     Ok(())
+}
+
+/// A process that dies of a signal leaves its memory in a file where the node and the
+/// specification say so, and nowhere else.
+fn oci_core_dumps_by_leave() -> Outcome {
+    casemate_only()?;
+    let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern")?;
+    let script = "cd /tmp; cat /proc/self/limits; probe sleep & kill -SEGV $!; wait $!; echo $?";
+    for (allow, limit, dumps) in [
+        (false, Some(1 << 30), false),
+        (true, None, false),
+        (true, Some(0), false),
+        (true, Some(1 << 30), true),
+    ] {
+        if dumps && !may_raise_limits()? {
+            return skip("no CAP_SYS_RESOURCE, which raises limits above a forker's");
+        }
+        let mut task = Task::new("cores", &["/bin/sh", "-c", script])?;
+        if let Some(limit) = limit {
+            task.spec["process"]["rlimits"] =
+                json!([{"type": "RLIMIT_CORE", "soft": limit, "hard": limit}]);
+        }
+        configure(&mut task, &format!("[secrets]\ncore_dumps = {allow}\n"))?;
+        let (ended, out) = task.run_to_end()?;
+        let what = format!("core_dumps = {allow}, limit {limit:?}");
+        ensure_eq!(ended.exit_status, 0, "{what}: {out}");
+        ensure!(out.ends_with("139\n"), "{what}: {out}");
+        let line = out.lines().find(|l| l.starts_with("Max core file size"));
+        let words: Vec<&str> = line.unwrap_or_default().split_whitespace().collect();
+        let want = match (allow, limit) {
+            (true, Some(limit)) => limit.to_string(),
+            _ => "1".to_owned(),
+        };
+        ensure_eq!(words.get(4), Some(&want.as_str()), "{what}: {out}");
+        // Where the node has a handler, the file would be its.
+        if !pattern.starts_with("core") {
+            continue;
+        }
+        let mut found = Vec::new();
+        for entry in fs::read_dir(task.side.join("upper/tmp"))? {
+            let entry = entry?;
+            if entry.file_name().as_encoded_bytes().starts_with(b"core") {
+                found.push(fs::read(entry.path())?);
+            }
+        }
+        ensure_eq!(found.len(), usize::from(dumps), "{what}: core files");
+        ensure!(
+            found.iter().all(|file| file.starts_with(b"\x7fELF")),
+            "{what}: no core file"
+        );
+    }
+    Ok(())
+}
+
+/// CAP_SYS_RESOURCE, in the initial user namespace.
+fn may_raise_limits() -> Result<bool, Stop> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    let set = u64::from_str_radix(line.unwrap_or_default().trim(), 16);
+    Ok(set.is_ok_and(|set| set >> 24 & 1 == 1))
 }

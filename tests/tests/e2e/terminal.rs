@@ -18,6 +18,7 @@ use rustix::fs::OFlags;
 use serde_json::json;
 
 use crate::common::{LONG, RUNNING, casemate_only, expect_code, status};
+use crate::hostile_node::configure;
 
 crate::trials![
     c065_terminal_of_an_exec,
@@ -26,6 +27,7 @@ crate::trials![
     c094_terminal_of_init,
     c094_job_control,
     c094_output_is_drained_at_exit,
+    terminal_in_each_profile,
     terminal_hangs_up_when_the_shim_lets_go,
     terminal_client_goes_and_returns,
     terminal_ends_without_its_slave,
@@ -192,6 +194,32 @@ fn c094_job_control() -> Outcome {
         "exit of init's shell"
     );
     Ok(task.finish()?)
+}
+
+/// A shell's terminal by an exec: size, keys that are signals, and job control, behind
+/// each profile's list of requests.
+fn terminal_in_each_profile() -> Outcome {
+    casemate_only()?;
+    for profile in ["strict", "compat"] {
+        let mut task = Task::new("profterm", &["/bin/probe", "sleep"])?;
+        configure(&mut task, &format!("profile = \"{profile}\"\n"))?;
+        task.boot()?;
+        task.create()?;
+        task.rpc()?.start(&task.id)?;
+        let size = Exec::sh(&task, "s", SIZES)?.with_terminal(20, 60)?;
+        size.begin()?;
+        size.stdout.until("up", SHORT)?;
+        size.resize(50, 132)?;
+        size.stdout.until("size 50 132", SHORT)?;
+        let mut exec = Exec::new(&task, "e", &["/bin/sh", "-i"])?;
+        exec.process["env"] = json!(["PATH=/bin", "PS1=ready> "]);
+        let exec = exec.with_terminal(24, 80)?;
+        exec.begin()?;
+        jobs(&exec.stdout, &exec.stdin())?;
+        ensure_eq!(exec.wait()?, 9, "{profile}: exit of the exec's shell");
+        task.finish()?;
+    }
+    Ok(())
 }
 
 /// What a shell with job control does with a terminal of its own.
