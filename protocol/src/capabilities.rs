@@ -17,6 +17,9 @@ const SYS_CHROOT: u64 = cap(18);
 /// Mounts, namespaces; a filter without no_new_privs (seccomp(2)).
 pub const SYS_ADMIN: u64 = cap(21);
 
+/// Modes of files don't bind who has one of these.
+pub const FILES: u64 = DAC_OVERRIDE | DAC_READ_SEARCH;
+
 /// What the agent and the assembling child use: mounts and namespaces
 /// (SYS_ADMIN, SYS_CHROOT), targets in an image of any owner (CHOWN, DAC_*,
 /// FOWNER, FSETID), ids (SET*ID, SETPCAP for securebits), reaping (KILL).

@@ -46,7 +46,6 @@ pub fn run(channel: Channel, container: Container) -> ! {
 
 impl Forker {
     fn serve(&mut self) -> Result<(), StepError> {
-        let signals = process::child_signals().at("watch", "children")?;
         let me = self.container.me.take();
         let mut fds: Vec<&OwnedFd> = me.iter().collect();
         fds.extend(self.container.early.as_ref().map(|early| &early.pidfd));
@@ -59,7 +58,7 @@ impl Forker {
         loop {
             let mut fds = [
                 PollFd::new(&self.channel, PollFlags::IN),
-                PollFd::new(&signals, PollFlags::IN),
+                PollFd::new(&self.container.signals, PollFlags::IN),
             ];
             match poll(&mut fds, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -67,7 +66,7 @@ impl Forker {
             }
             let (message, ended) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
             if ended {
-                crate::pod::drain(&signals);
+                crate::pod::drain(&self.container.signals);
                 self.reap()?;
             }
             if message {

@@ -28,6 +28,9 @@ pub struct Container {
     pub early: Option<EarlyInit>,
     /// The forker itself, until the shim has it.
     pub me: Option<OwnedFd>,
+    /// Becomes readable when a child ends; made before the container's filter, which
+    /// then need not allow it.
+    pub signals: OwnedFd,
     /// Of the filters of forker and first process, for the shim.
     pub listeners: Vec<OwnedFd>,
     /// Shows whoever looks from outside that the forker is in a Landlock domain.
@@ -220,6 +223,7 @@ fn assemble_root(
         console,
         early,
         me: Some(me),
+        signals: process::child_signals().at("watch", "children")?,
         listeners: Vec::new(),
         _witness: None,
     })

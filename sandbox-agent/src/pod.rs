@@ -14,7 +14,7 @@ use casemate_sys::mount::{self, NewFs, attr, clone_tree};
 use casemate_sys::process::{self, Fork};
 use casemate_sys::{exec, ident, memory, namespace};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, Mode};
 
 use crate::broker::Broker;
 use crate::confine;
@@ -225,13 +225,4 @@ fn launch(mut fds: Vec<OwnedFd>) {
             let _ = channel.send(&FromForker::LaunchFailed { text }, &[]);
         }
     }
-}
-
-/// `/` of this process, for resolving below it.
-pub fn own_root() -> io::Result<OwnedFd> {
-    Ok(rustix::fs::open(
-        "/",
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?)
 }

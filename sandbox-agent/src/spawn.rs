@@ -9,10 +9,12 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use casemate_protocol::capabilities::FILES;
 use casemate_protocol::plan::{ProcessPlan, TerminalSize};
 use casemate_sys::process::{self, Fork};
 use casemate_sys::{exec, message, schedule};
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::termios::Winsize;
 
 use crate::confine;
@@ -272,8 +274,8 @@ fn prepare_and_exec(
         env.push(format!("HOME={}", passwd::home(plan.uid)));
     }
     let binary = match plan.path.as_str() {
-        "" => find_binary(&plan.args, &env)?,
-        path => find_binary(&[path.to_owned()], &env)?,
+        "" => find_binary(plan, &plan.args, &env)?,
+        path => find_binary(plan, &[path.to_owned()], &env)?,
     };
     let (path, args, env) = (c_string(&binary)?, c_strings(&plan.args)?, c_strings(&env)?);
 
@@ -353,12 +355,12 @@ fn descriptors(plan: &ProcessPlan, stdio: Stdio) -> Result<Descriptors, StepErro
 }
 
 /// The file that `args[0]` names, as execvp(3) would find it.
-fn find_binary(args: &[String], env: &[String]) -> Result<String, StepError> {
+fn find_binary(plan: &ProcessPlan, args: &[String], env: &[String]) -> Result<String, StepError> {
     let Some(name) = args.first().filter(|n| !n.is_empty()) else {
         return Err(StepError::invalid("execute", "process.args", "empty"));
     };
     if name.contains('/') {
-        return executable(name)
+        return executable(plan, name)
             .map(|()| name.clone())
             .at("execute", name)
             .map_err(StepError::blame_request);
@@ -371,7 +373,7 @@ fn find_binary(args: &[String], env: &[String]) -> Result<String, StepError> {
     for dir in path.split(':') {
         let dir = if dir.is_empty() { "." } else { dir };
         let candidate = format!("{dir}/{name}");
-        match executable(&candidate) {
+        match executable(plan, &candidate) {
             Ok(()) => return Ok(candidate),
             Err(e) => denied |= e.kind() == io::ErrorKind::PermissionDenied,
         }
@@ -384,10 +386,18 @@ fn find_binary(args: &[String], env: &[String]) -> Result<String, StepError> {
     Err(StepError::invalid("execute", name, reason))
 }
 
-fn executable(path: &str) -> io::Result<()> {
-    rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)?;
-    let kind = FileType::from_raw_mode(rustix::fs::stat(path)?.st_mode);
-    if kind == FileType::RegularFile {
+/// Whether the process may execute it, by faccessat(2), which every profile has. It
+/// asks as the real ids, which are the effective ones by now; but, of a user other than
+/// root, without capabilities. What those open, only execve can say.
+fn executable(plan: &ProcessPlan, path: &str) -> io::Result<()> {
+    const ANYBODY: u32 = 0o111;
+    let by_capability = match rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::empty()) {
+        Err(Errno::ACCESS) if plan.uid != 0 && plan.effective & FILES != 0 => true,
+        answer => answer.map(|()| false)?,
+    };
+    let mode = rustix::fs::stat(path)?.st_mode;
+    let is_file = FileType::from_raw_mode(mode) == FileType::RegularFile;
+    if is_file && (!by_capability || mode & ANYBODY != 0) {
         Ok(())
     } else {
         Err(io::ErrorKind::PermissionDenied.into())

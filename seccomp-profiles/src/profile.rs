@@ -325,6 +325,20 @@ impl TryFrom<RawArgSet> for ArgSet {
 }
 
 impl ArgSet {
+    /// That these bits of the low word of an argument are those of `value`.
+    #[must_use]
+    pub fn one(index: u8, mask: u32, value: u64) -> Self {
+        Self {
+            index,
+            op: match mask {
+                u32::MAX => Op::Eq,
+                mask => Op::MaskedEq(mask.into()),
+            },
+            values: vec![value],
+            width: Width::W32,
+        }
+    }
+
     /// Whether the argument compares with one of the values.
     #[must_use]
     pub fn holds(&self, args: &[u64; 6]) -> bool {

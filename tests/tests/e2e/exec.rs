@@ -26,6 +26,7 @@ crate::trials![
     c068_kill_of_an_exec,
     c069_delete_of_an_exec,
     c071_execs_end_before_init,
+    exec_asks_whether_its_user_may_execute,
     exec_hundred_at_once,
     exec_twice_started_at_once,
     exec_wait_ends_with_the_record,
@@ -203,6 +204,65 @@ fn c059_exec_whose_streams_cannot_be_opened() -> Outcome {
         exec.delete()?;
     }
     ensure_eq!(status(&task)?, RUNNING, "state of the container");
+    Ok(task.finish()?)
+}
+
+/// Modes count for the user that the process is to be, and his capabilities do.
+fn exec_asks_whether_its_user_may_execute() -> Outcome {
+    casemate_only()?;
+    let task = Task::sleeping("modes")?;
+    let make = "mkdir -p /srv/dir; for n in own none; do cp /bin/probe /srv/$n; done; \
+                chmod 700 /srv/own; chmod 600 /srv/none";
+    let (code, said) = Exec::sh(&task, "make", make)?.run()?;
+    ensure_eq!(code, 0, "{said}");
+    let over = &["CAP_DAC_OVERRIDE"][..];
+    for (at, (uid, capabilities, name, refused)) in [
+        (0, over, "/srv/own", ""),
+        (1234, &[], "/srv/own", "execute /srv/own: Permission denied"),
+        (1234, &[], "own", "execute own: permission denied"),
+        (1234, over, "/srv/own", ""),
+        (1234, over, "own", ""),
+        (1234, over, "/srv/none", "execute /srv/none: "),
+        (0, over, "/srv/none", "execute /srv/none: "),
+        (0, over, "/srv/dir", "execute /srv/dir: "),
+        (
+            1234,
+            over,
+            "/srv/nothing",
+            "execute /srv/nothing: No such file",
+        ),
+        (0, over, "/srv/own/x", "execute /srv/own/x: Not a directory"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut exec = Exec::new(&task, &format!("e{at}"), &[name])?;
+        exec.process["user"] = serde_json::json!({"uid": uid, "gid": uid});
+        exec.process["env"] = serde_json::json!(["PATH=/nowhere:/srv"]);
+        for set in [
+            "bounding",
+            "effective",
+            "permitted",
+            "inheritable",
+            "ambient",
+        ] {
+            exec.process["capabilities"][set] = serde_json::json!(capabilities);
+        }
+        let at = format!("{name} as {uid} with {capabilities:?}");
+        match exec.run() {
+            Ok((code, said)) => {
+                ensure!(refused.is_empty(), "{at}: {code}, {said:?}");
+                ensure_eq!(code, 0, "{at}: {said:?}");
+            }
+            Err(error) => {
+                let text = error.to_string();
+                ensure!(
+                    !refused.is_empty() && text.contains(refused),
+                    "{at}: {text}"
+                );
+            }
+        }
+    }
     Ok(task.finish()?)
 }
 

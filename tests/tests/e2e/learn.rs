@@ -241,15 +241,7 @@ fn learn_writes_down_what_is_done() -> Outcome {
         );
         // Nothing that every profile has, but for what names files.
         let base = minimal::base();
-        let often = [
-            "open",
-            "openat",
-            "openat2",
-            "newfstatat",
-            "faccessat",
-            "faccessat2",
-            "execve",
-        ];
+        let often = ["openat", "newfstatat", "faccessat", "execve"];
         for (kind, _) in after.calls() {
             let name = table::name(kind.number).unwrap_or_default();
             let is_base = base.of(kind.number).any(|known| known == kind);

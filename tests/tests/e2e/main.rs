@@ -56,6 +56,7 @@ mod probes;
 mod probes_outside;
 mod probes_topics;
 mod profiles;
+mod profiles_least;
 mod reach;
 mod rpc;
 mod rpc_abuse;
@@ -115,6 +116,7 @@ fn main() -> ExitCode {
         learn_bounds::trials(),
         learn_hostile::trials(),
         profiles::trials(),
+        profiles_least::trials(),
         items::trials(),
         errors::trials(),
         sandbox::trials(),

@@ -17,21 +17,20 @@ use casemate_tests::{World, ensure, ensure_eq, spec};
 use seccomp_profiles::profile::{Group, Rule};
 use seccomp_profiles::recording::{Base, Container, Pod};
 use seccomp_profiles::{
-    Action, Form, Hash, Observed, Prepared, Profile, Recording, export, minimal, shipped,
-    shipped_program, table,
+    Action, Form, Hash, Prepared, Profile, Recording, export, shipped, shipped_program, table,
 };
 use serde_json::{Value, json};
 
 use crate::common::{LONG, casemate_only, expect_text};
 use crate::hostile_node::configure;
 use crate::locks::init;
+use crate::profiles_least::{PROBE, PROGRAMS};
 
 crate::trials![
     profiles_of_the_node_bind,
     profiles_of_a_living_pod_stay,
     profiles_only_tighten_without_leave,
     profiles_that_are_bad_start_nothing,
-    profiles_least_has_what_forkers_need,
     profiles_from_recordings_by_command,
     profiles_exported_run_under_runc,
 ];
@@ -40,10 +39,10 @@ crate::trials![
 const LINK: &[&str] = &["/bin/ln", "-s", "x", "/link"];
 
 /// What asks for one.
-const ANNOTATION: &str = "casemate.io/profile";
+pub const ANNOTATION: &str = "casemate.io/profile";
 
 /// A directory of profiles for the task, and the configuration that names it.
-fn profiles(task: &mut Task, text: &str) -> Result<PathBuf, Stop> {
+pub fn profiles(task: &mut Task, text: &str) -> Result<PathBuf, Stop> {
     let directory = task.side.join("profiles");
     fs::create_dir_all(&directory)?;
     let path = directory.display();
@@ -54,12 +53,12 @@ fn profiles(task: &mut Task, text: &str) -> Result<PathBuf, Stop> {
     Ok(directory)
 }
 
-fn put(directory: &Path, profile: &Profile) -> Outcome {
+pub fn put(directory: &Path, profile: &Profile) -> Outcome {
     let path = directory.join(format!("{}.toml", profile.name));
     Ok(fs::write(path, export::toml(profile))?)
 }
 
-fn one(name: &str) -> Result<Profile, Stop> {
+pub fn one(name: &str) -> Result<Profile, Stop> {
     shipped(name).ok_or_else(|| Stop::Fail(format!("no profile {name}")))
 }
 
@@ -84,20 +83,20 @@ fn without_links(name: &str, within: &str) -> Result<Profile, Stop> {
     Ok(profile)
 }
 
-fn denials(task: &Task) -> Result<Vec<Value>, Stop> {
+pub fn denials(task: &Task) -> Result<Vec<Value>, Stop> {
     let told = ask(task.rpc()?, "Denials", &json!({}), SHORT)?;
     Ok(told["denials"].as_array().cloned().unwrap_or_default())
 }
 
 /// Refused calls of which the shipped profile refuses none.
-fn unseen(task: &Task) -> Result<Vec<String>, Stop> {
+pub fn unseen(task: &Task) -> Result<Vec<String>, Stop> {
     let cut = |d: &&Value| d["reason"].as_str().is_some_and(|r| r.contains("not seen"));
     let all = denials(task)?;
     let told = |d: &Value| format!("{} {} {}", d["syscall"], d["class"], d["rule"]);
     Ok(all.iter().filter(cut).map(told).collect())
 }
 
-fn as_promised(task: &Task) -> Outcome {
+pub fn as_promised(task: &Task) -> Outcome {
     let found = deviations(task, Depth::Whole)?;
     ensure!(found.is_empty(), "not as promised: {found:?}");
     Ok(())
@@ -267,130 +266,6 @@ fn profiles_that_are_bad_start_nothing() -> Outcome {
         )?;
         ensure_eq!(list.code(), 1, "list's exit status");
         ensure!(list.out().contains(expected), "list says {}", list.out());
-    }
-    Ok(())
-}
-
-/// What the probe calls that not every program does.
-const PROBE: &[&str] = &[
-    "clock_nanosleep",
-    "getrandom",
-    "gettid",
-    "poll",
-    "readlink",
-    "rseq",
-    "sched_getaffinity",
-    "set_robust_list",
-    "sigaltstack",
-];
-
-/// What busybox calls beside that.
-const PROGRAMS: &[&str] = &[
-    "access",
-    "dup",
-    "faccessat",
-    "getdents64",
-    "getegid",
-    "geteuid",
-    "getgid",
-    "getpgrp",
-    "getpid",
-    "getppid",
-    "getuid",
-    "nanosleep",
-    "open",
-    "sendfile",
-    "setgid",
-    "setuid",
-    "stat",
-    "uname",
-    "wait4",
-    "writev",
-];
-
-/// The least profiles are as good for who makes processes as for the processes:
-/// all kinds of them are made and none of their calls is refused.
-fn profiles_least_has_what_forkers_need() -> Outcome {
-    casemate_only()?;
-    // Without a shell there are only the forker's calls and those of the least program.
-    for (base, older, shell) in [
-        ("strict", false, true),
-        ("default", false, false),
-        ("default", true, true),
-        ("default", true, false),
-        ("compat", false, false),
-        ("compat", true, true),
-    ] {
-        let mut seen = Observed::default();
-        let busybox: &[&str] = if shell { PROGRAMS } else { &[] };
-        let all = PROBE.iter().chain(busybox);
-        for number in all.filter_map(|name| table::number(name)) {
-            seen.add(number, &[0; 6]);
-        }
-        let ioctl = table::number("ioctl").unwrap_or(0);
-        // TIOCGWINSZ, TCSETS: what a shell does with its terminal.
-        for request in [0x5413, 0x5402] {
-            seen.add(ioctl, &[0, request, 0, 0, 0, 0]);
-        }
-        let least = minimal("least", &seen, &one(base)?);
-        let mut task = Task::new("least", &["/bin/probe", "sleep"])?;
-        let text = format!("profile = \"{base}\"\n[kernel]\nolder_ways = {older}\n");
-        put(&profiles(&mut task, &text)?, &least)?;
-        spec::annotate(&mut task.spec, ANNOTATION, "least");
-        // A filter of its own, without no_new_privs where that may be.
-        task.spec["process"]["noNewPrivileges"] = (base != "compat").into();
-        task.spec["linux"]["seccomp"] = json!({
-            "defaultAction": "SCMP_ACT_ALLOW",
-            "syscalls": [{
-                "names": ["ptrace"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1,
-            }],
-        });
-        task.boot()?;
-        task.create()?;
-        task.rpc()?.start(&task.id)?;
-        let at = format!("least of {base}, older {older}, shell {shell}");
-        let or_probe = |args: &[&str]| -> Vec<String> {
-            let args = if shell { args } else { &["/bin/probe"] };
-            args.iter().map(ToString::to_string).collect()
-        };
-        let exec = |name: &str, args: &[&str]| -> Result<Exec, Stop> {
-            let args = or_probe(args);
-            let args: Vec<&str> = args.iter().map(String::as_str).collect();
-            Ok(Exec::new(&task, name, &args)?)
-        };
-        let expect = |exec: &Exec, said: &str| -> Outcome {
-            let (status, text) = exec.run()?;
-            let right = status == 0 && (!shell || text.contains(said));
-            ensure!(right, "{at}: {}: {status}, {text:?}", exec.exec_id);
-            Ok(())
-        };
-        expect(&exec("plain", &["/bin/echo", "x"])?, "x\n")?;
-        let mut user = exec("user", &["/bin/id", "-u"])?;
-        user.process["user"] =
-            json!({"uid": 1234, "gid": 5678, "additionalGids": [9], "umask": 0o77});
-        expect(&user, "1234\n")?;
-        let mut bare = exec("bare", &["/bin/grep", "CapEff", "/proc/self/status"])?;
-        bare.process["capabilities"] = json!({});
-        expect(&bare, "0000000000000000")?;
-        let mut limited = exec("limited", &["/bin/sh", "-c", "ulimit -n"])?;
-        limited.process["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 99, "hard": 99}]);
-        expect(&limited, "99\n")?;
-        let mut elsewhere = exec("elsewhere", &["/bin/pwd"])?;
-        elsewhere.process["cwd"] = "/proc".into();
-        expect(&elsewhere, "/proc\n")?;
-        expect(
-            &exec("terminal", &["/bin/tty"])?.with_terminal(24, 80)?,
-            "/dev/",
-        )?;
-        let input = exec("input", &["/bin/cat"])?.with_stdin()?;
-        input.begin()?;
-        fs::write(input.stdin(), "through\n")?;
-        input.close_stdin()?;
-        ensure_eq!(input.wait()?, 0, "{at}: input");
-        let told = unseen(&task)?;
-        ensure!(told.is_empty(), "{at}: refused: {told:?}");
-        as_promised(&task)?;
-        task.finish()?;
     }
     Ok(())
 }
