@@ -7,6 +7,7 @@
 #   make e2e T=cri21     those on one containerd: cri16, cri17, cri21, cri23
 #   make conformance     docs/conformance.md from the results of make e2e
 #   make compatibility docs/compatibility.md: real programs under each profile, measured
+#   make learned         servers under profiles that their own load made: docs/learning.md's table with WRITE=1
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd, SELinux or no nf_tables
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
@@ -25,7 +26,7 @@ BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
 VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux bookworm:bare sid sid:systemd sid:selinux sid:bare
 
-.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility vm-test docs docs-tables probes run bench dist clean
+.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility learned vm-test docs docs-tables probes run bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -51,7 +52,7 @@ unit: quick
 deny:
 	@scripts/deny.sh
 
-test: unit e2e e2e-older compat
+test: unit e2e e2e-older compat learned
 
 # Other generations of containerd, and what the tests of CRI need.
 daemons:
@@ -79,6 +80,11 @@ compat: quick
 compatibility: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_WRITE_DOCS=$(if $(T),,1) \
 	  $(CARGO) test --profile quick --locked -p casemate-tests --test compat -- all $(T)
+
+# nginx, redis, PostgreSQL and a Python service, each under what it was learned to call.
+learned: quick
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_WRITE_DOCS=$(if $(T),,$(WRITE)) \
+	  $(CARGO) test --profile quick --locked -p casemate-tests --test compat -- learned $(T)
 
 vm-test: quick
 	$(CARGO) test --profile quick --locked -p casemate-tests --test e2e --no-run

@@ -2,13 +2,14 @@
 # A root of Debian packages for the workloads of tests/compat: unpacked, not
 # installed, so nothing of a package runs on this machine. Prints its directory.
 #
-#   scripts/compat-root.sh some|all
+#   scripts/compat-root.sh some|all|learned
 #
-# "some" has the packages of the workloads that are marked `# set: some`.
+# "some" has the packages of the workloads that are marked `# set: some`, "learned"
+# those of tests/learned.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 . "$here/scripts/debian.sh"
-set_=${1:?some or all}
+set_=${1:?some, all or learned}
 suite=bookworm
 dir=$here/target/compat/$set_
 
@@ -17,8 +18,10 @@ packages="base-files base-passwd bash coreutils dash grep sed mawk findutils tar
   debianutils diffutils libc-bin util-linux login passwd hostname procps perl-base
   ca-certificates libnss-systemd-"
 packages=${packages/libnss-systemd-/}
-for file in "$here"/tests/compat/*.sh; do
-  [ "$set_" = all ] || grep -q '^# set: some' "$file" || continue
+files=("$here"/tests/compat/*.sh)
+[ "$set_" != learned ] || files=("$here"/tests/learned/*.sh)
+for file in "${files[@]}"; do
+  [ "$set_" != some ] || grep -q '^# set: some' "$file" || continue
   packages+=" $(sed -n 's/^# packages: //p' "$file")"
 done
 packages=$(printf '%s\n' $packages | sort -u)

@@ -5,7 +5,10 @@
 //! root of its container, in a directory of its own, on an overlay over the root
 //! that `scripts/compat-root.sh` has made; in a shim started as containerd does.
 //!
-//! `compat some|all [NAME]`: with `some` those that are marked so.
+//! `compat some|all [NAME]`: with `some` those that are marked so. `compat learned
+//! [NAME]`: servers under profiles that are made here of their own load.
+
+mod learned;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -58,13 +61,17 @@ fn here() -> PathBuf {
 
 fn workloads(set: &str, name: Option<&str>) -> std::io::Result<Vec<Workload>> {
     let mut all = Vec::new();
-    for entry in fs::read_dir(here().join("tests/compat"))? {
+    let directory = match set {
+        "learned" => "tests/learned",
+        _ => "tests/compat",
+    };
+    for entry in fs::read_dir(here().join(directory))? {
         let path = entry?.path();
         let workload = Workload {
             name: path.file_stem().unwrap_or_default().display().to_string(),
             text: fs::read_to_string(&path)?,
         };
-        let in_set = set == "all" || workload.header("set") == Some("some");
+        let in_set = set != "some" || workload.header("set") == Some("some");
         if in_set && name.is_none_or(|name| workload.name == name) {
             all.push(workload);
         }
@@ -146,7 +153,7 @@ fn all() -> Result<bool, Box<dyn std::error::Error>> {
         .collect();
     // `cargo test` without a set is not about these.
     let Some(set) = args.first() else {
-        println!("compat: neither some nor all was asked for");
+        println!("compat: none of some, all and learned was asked for");
         return Ok(true);
     };
     if !rustix::process::geteuid().is_root() {
@@ -162,12 +169,26 @@ fn all() -> Result<bool, Box<dyn std::error::Error>> {
     }
     let root = PathBuf::from(String::from_utf8(made.stdout)?.trim());
     let workloads = workloads(set, args.get(1).map(String::as_str))?;
+    let mut good = match set.as_str() {
+        "learned" => learned::all(&workloads, &root)?,
+        _ => measure(&workloads, &root)?,
+    };
+    let left = World::get()?.close();
+    if !left.is_empty() {
+        println!("left on the host: {left:?}");
+        good = false;
+    }
+    Ok(good)
+}
+
+/// Runs each under each profile; whether each did as its script says. Writes the page.
+fn measure(workloads: &[Workload], root: &Path) -> Result<bool, Box<dyn std::error::Error>> {
     let mut good = true;
     let mut results = BTreeMap::new();
-    for workload in &workloads {
+    for workload in workloads {
         for profile in PROFILES {
             let begun = Instant::now();
-            let result = run(workload, profile, &root);
+            let result = run(workload, profile, root);
             let took = begun.elapsed().as_secs_f32();
             let works = matches!(result, Ok(End::Works));
             let (fine, told) = match (&result, workload.known(profile)) {
@@ -194,14 +215,9 @@ fn all() -> Result<bool, Box<dyn std::error::Error>> {
             results.insert((workload.name.clone(), profile), works);
         }
     }
-    let left = World::get()?.close();
-    if !left.is_empty() {
-        println!("left on the host: {left:?}");
-        good = false;
-    }
     if std::env::var_os("CASEMATE_WRITE_DOCS").is_some_and(|set| !set.is_empty()) {
         let page = here().join("docs/compatibility.md");
-        fs::write(page, document(&workloads, &results, &root)?)?;
+        fs::write(page, document(workloads, &results, root)?)?;
     }
     Ok(good)
 }
