@@ -98,7 +98,18 @@ fn explain(said: &Value, refusals: &[Value], packets: String) -> String {
             class if class.is_empty() => class,
             class => format!(" ({class})"),
         };
+        let own_file = denial["lines"].as_str().zip(denial["file"].as_str());
         let way = match denial["allowed_by"].as_str() {
+            _ if own_file.is_some() => own_file.map_or_else(String::new, |(lines, file)| {
+                let file = one_line(file);
+                let lines = lines.trim_end().replace('\n', "\n           ");
+                format!(
+                    "for pods that start from then on: before the first [[group]] of {file} put\n\
+                     \n           {lines}\n\n         and take {} out of its [[left_out]], where \
+                     that has it; or learn from the pod once more",
+                    of("syscall")
+                )
+            }),
             Some(profile) => format!(
                 "profile {profile} lets it pass: casemate.io/profile: {profile} on the pod, where \
                  annotations.allow of config.toml has \"profile\"; or profile = \"{profile}\" there, \
@@ -171,6 +182,21 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} is not in {text}");
         }
+        let of_node = json!({
+            "container": "c", "syscall": "symlink", "class": "", "count": 1, "own": false,
+            "errno": "ENOSYS", "rule": "web/left-out/3", "reason": "not seen",
+            "allowed_by": "strict", "file": "/etc/casemate/profiles/web.toml",
+            "lines": "[[group]]\nname = \"x\"\n",
+        });
+        let text = explain(&json!({ "denials": [of_node] }), &[], String::new());
+        for part in [
+            "before the first [[group]] of /etc/casemate/profiles/web.toml put\n",
+            "\n           [[group]]\n           name = \"x\"\n",
+            "take symlink out of its [[left_out]]",
+        ] {
+            assert!(text.contains(part), "{part} is not in {text}");
+        }
+        assert!(!text.contains("profile strict lets it pass"), "{text}");
         let own = json!({
             "container": "c", "syscall": "mkdir", "class": "", "count": 1, "own": true,
             "errno": "EPERM", "rule": "specification", "reason": "the filter", "allowed_by": null,

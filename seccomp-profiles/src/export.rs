@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use crate::action::Action;
+use crate::observed::{Kind, classes};
 use crate::oci::{NATIVE_ARCHITECTURE, OciArg, OciSeccomp, OciSyscall};
 use crate::profile::{ArgSet, Condition, Op, Profile, Rule, Width, alternatives};
 use crate::table;
@@ -54,19 +55,7 @@ fn write_toml(out: &mut String, profile: &Profile) -> std::fmt::Result {
         writeln!(out, "\n[[group]]\nname = {}", quoted(&group.name))?;
         writeln!(out, "action = \"{}\"", group.action)?;
         for rule in &group.rules {
-            writeln!(out, "\n[[group.rule]]")?;
-            names(out, &rule.syscalls)?;
-            if !rule.args.is_empty() {
-                writeln!(out, "args = [")?;
-                for arg in &rule.args {
-                    writeln!(out, "    {},", arg_toml(arg))?;
-                }
-                writeln!(out, "]")?;
-            }
-            writeln!(out, "reason = {}", quoted(&rule.reason))?;
-            if rule.quiet {
-                writeln!(out, "quiet = true")?;
-            }
+            write_rule(out, rule)?;
         }
     }
     for left_out in &profile.left_out {
@@ -76,6 +65,43 @@ fn write_toml(out: &mut String, profile: &Profile) -> std::fmt::Result {
         if left_out.quiet {
             writeln!(out, "quiet = true")?;
         }
+    }
+    Ok(())
+}
+
+/// What to put before the first group of a profile's file to allow calls of this kind,
+/// and no others: as TOML.
+#[must_use]
+pub fn lines_to_allow(kind: &Kind) -> String {
+    let name = table::name(kind.number).unwrap_or_default();
+    let args = classes(kind.number).iter().map(|&(index, mask, _)| {
+        let value = kind.args.get(usize::from(index)).copied().unwrap_or(0);
+        ArgSet::one(index, mask, value)
+    });
+    let rule = Rule {
+        syscalls: vec![name.to_owned()],
+        args: args.collect(),
+        reason: "missing when this was learned".to_owned(),
+        quiet: false,
+    };
+    let mut out = format!("[[group]]\nname = \"added: {name}\"\naction = \"allow\"\n");
+    let _infallible = write_rule(&mut out, &rule);
+    out
+}
+
+fn write_rule(out: &mut String, rule: &Rule) -> std::fmt::Result {
+    writeln!(out, "\n[[group.rule]]")?;
+    names(out, &rule.syscalls)?;
+    if !rule.args.is_empty() {
+        writeln!(out, "args = [")?;
+        for arg in &rule.args {
+            writeln!(out, "    {},", arg_toml(arg))?;
+        }
+        writeln!(out, "]")?;
+    }
+    writeln!(out, "reason = {}", quoted(&rule.reason))?;
+    if rule.quiet {
+        writeln!(out, "quiet = true")?;
     }
     Ok(())
 }

@@ -197,7 +197,7 @@ pub fn check(profile: &Profile, name: &str, path: &Path) -> Result<NodeFile, Nod
         });
     }
     Ok(NodeFile {
-        prepared,
+        prepared: prepared.of_node(path, within),
         within: within.to_owned(),
     })
 }

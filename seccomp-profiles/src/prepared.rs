@@ -1,6 +1,7 @@
 //! Profiles ready for use: in all forms, with what explains them.
 
 use std::borrow::Cow;
+use std::path::{Path, PathBuf};
 
 use crate::compile::{CompileError, Form, compile_as};
 use crate::explain::{Explainer, rules};
@@ -17,6 +18,8 @@ pub struct Prepared {
     notify: Cow<'static, [u8]>,
     explain: Cow<'static, [u8]>,
     explainer: Explainer,
+    /// The file it was read from, and the shipped profile that it is within.
+    node: Option<(PathBuf, String)>,
 }
 
 impl Prepared {
@@ -30,6 +33,7 @@ impl Prepared {
             notify: program(Form::Notify)?,
             explain: program(Form::Explain)?,
             explainer: shipped_explainer(name)?,
+            node: None,
         })
     }
 
@@ -46,7 +50,22 @@ impl Prepared {
             notify: program(Form::Notify)?,
             explain: Cow::Owned(explain.to_bytes()),
             explainer: Explainer::from_parts(explain, rules(profile).into()),
+            node: None,
         })
+    }
+
+    /// The same, as one of the node's: of this file, within a shipped one.
+    #[must_use]
+    pub fn of_node(mut self, file: &Path, within: &str) -> Self {
+        self.node = Some((file.to_owned(), within.to_owned()));
+        self
+    }
+
+    /// Of one of the node's, its file and the shipped profile that it is within.
+    #[must_use]
+    pub fn node(&self) -> Option<(&Path, &str)> {
+        let (file, within) = self.node.as_ref()?;
+        Some((file, within))
     }
 
     /// What it is called.

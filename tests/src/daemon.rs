@@ -21,6 +21,8 @@ pub const CONFIG_VARIABLE: &str = "CASEMATE_CONFIG";
 pub const NODE_CONFIG: &str = "casemate/config.toml";
 /// Where its pods' recordings are, in the daemon's directory.
 pub const LEARNED: &str = "learned";
+/// Below a daemon's directory: where its node has profiles.
+pub const PROFILES: &str = "profiles";
 
 /// A running private containerd; stopped when dropped.
 pub struct Daemon {
@@ -44,6 +46,11 @@ impl Daemon {
     /// What was learned from pods, where its configuration has that.
     pub fn learned(&self) -> PathBuf {
         self.dir.join(LEARNED)
+    }
+
+    /// Where its node has profiles, where its configuration says so.
+    pub fn profiles(&self) -> PathBuf {
+        self.dir.join(PROFILES)
     }
 
     /// Starts one with this configuration file, inside of that network

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use crate::daemon::{CONFIG_VARIABLE, Daemon, LEARNED, NODE_CONFIG};
+use crate::daemon::{CONFIG_VARIABLE, Daemon, LEARNED, NODE_CONFIG, PROFILES};
 use crate::error::{Result, file};
 use crate::run::run;
 use crate::world::set_mode;
@@ -170,9 +170,12 @@ fn by_api(dir: &Path) -> Result<()> {
     fs::write(&on, "sandbox.api = true\n").map_err(file("write", &on))?;
     let learn = drop_ins.join("learn.toml");
     let place = dir.join(LEARNED);
+    let profiles = dir.join(PROFILES);
+    fs::create_dir_all(&profiles).map_err(file("make", &profiles))?;
     let text = format!(
-        "[learn]\nallow = true\ndirectory = \"{}\"\n",
-        place.display()
+        "[learn]\nallow = true\ndirectory = \"{}\"\n[profiles]\ndirectory = \"{}\"\n",
+        place.display(),
+        profiles.display()
     );
     fs::write(&learn, text).map_err(file("write", &learn))
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use casemate_protocol::Denial;
 use seccomp_profiles::interp::SeccompData;
 use seccomp_profiles::node::WORKLOADS;
-use seccomp_profiles::{Action, Prepared, RuleInfo, errno, shipped_explainer};
+use seccomp_profiles::{Action, Kind, Prepared, RuleInfo, errno, export, shipped_explainer};
 use serde_json::{Value, json};
 
 use super::{Record, class};
@@ -203,6 +203,11 @@ fn told(sort: &Sort, count: &Count) -> Value {
             true => None,
             false => allowed_by(sort, &count.container.profile),
         },
+        "file": count.container.profile.node().map(|(file, _)| file),
+        "lines": match sort.others || rule.is_none() {
+            true => None,
+            false => lines(sort, &count.container.profile),
+        },
     })
 }
 
@@ -215,6 +220,18 @@ fn allowed_by(sort: &Sort, profile: &Prepared) -> Option<&'static str> {
         .into_iter()
         .skip(own.map_or(0, |own| own + 1))
         .find(|name| shipped_explainer(name).is_some_and(|e| e.explain(&data).is_none()))
+}
+
+/// What a profile of the node's would need to allow the call, and nothing else; `None`
+/// where the shipped one that it is within refuses it.
+fn lines(sort: &Sort, profile: &Prepared) -> Option<String> {
+    let (_, within) = profile.node()?;
+    let args = class::restore(sort.nr, sort.args);
+    let data = SeccompData::x86_64(sort.nr, args);
+    match shipped_explainer(within)?.explain(&data) {
+        Some(_) => None,
+        None => Some(export::lines_to_allow(&Kind::of(sort.nr, &args))),
+    }
 }
 
 #[cfg(test)]
