@@ -1,5 +1,5 @@
-//! Capabilities of the agent and the forkers, as bits of capabilities(7): what they
-//! keep, and what the shim promises of them.
+//! Capabilities of the agent, the forkers and learners, as bits of capabilities(7):
+//! what they keep, and what the shim promises of them.
 
 const fn cap(n: u32) -> u64 {
     1 << n
@@ -14,6 +14,7 @@ const SETGID: u64 = cap(6);
 const SETUID: u64 = cap(7);
 const SETPCAP: u64 = cap(8);
 const SYS_CHROOT: u64 = cap(18);
+const SYS_PTRACE: u64 = cap(19);
 /// Mounts, namespaces; a filter without no_new_privs (seccomp(2)).
 pub const SYS_ADMIN: u64 = cap(21);
 
@@ -38,3 +39,6 @@ pub const AGENT: u64 = CHOWN
 /// What the forker itself needs, beside what its children may have: the ids
 /// of processes it forks.
 pub const FORKER: u64 = SETGID | SETUID;
+
+/// A learner reads its callers' memory: SYS_PTRACE, and DAC_READ_SEARCH to open it.
+pub const LEARNER: u64 = DAC_READ_SEARCH | SYS_PTRACE;

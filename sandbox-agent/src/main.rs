@@ -6,6 +6,7 @@
 //! when the shim's end of the socket closes; the kernel then ends the pod.
 
 mod broker;
+mod companion;
 mod confine;
 mod early;
 mod error;

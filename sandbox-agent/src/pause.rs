@@ -14,13 +14,13 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use casemate_protocol::plan::PausePlan;
 use casemate_protocol::{Channel, FromPause, clip, read_plan};
-use casemate_sys::ident::{self, CapSets};
 use casemate_sys::mount::{self, Change, NewFs, attr, propagation};
-use casemate_sys::namespace::{self, kind};
+use casemate_sys::namespace::kind;
 use casemate_sys::process::{self, Fork};
 use casemate_sys::{exec, memory, seccomp};
 use rustix::fs::{CWD, Mode, OFlags};
 
+use crate::companion;
 use crate::error::{At, StepError};
 
 /// Forks it. It answers on its own channel, so nothing is to be said here.
@@ -74,15 +74,7 @@ fn lock(plan: OwnedFd, namespace_b: OwnedFd, channel: &Channel) -> Result<(), St
     rustix::process::setsid().at("start", "session")?;
     empty_root()?;
     rustix::thread::set_name(c"casemate-pause").at("set", "name")?;
-    namespace::enter(&namespace_b, kind::USER).at("enter", "the containers' user namespace")?;
-    drop(namespace_b);
-    // The capabilities of B came with it, and maybe a sysctl's idea of dumps.
-    ident::set_dumpable(false).at("set", "dumpable")?;
-    ident::set_no_new_privs().at("set", "no_new_privs")?;
-    ident::limit_bounding(0).at("limit", "bounding set")?;
-    ident::set_caps(CapSets::default()).at("drop", "capabilities")?;
-    namespace::join_new_session_keyring().at("join", "session keyring")?;
-    let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
+    let me = companion::settle(namespace_b, 0)?;
     channel
         .send(&FromPause::Ready, &[me.as_fd()])
         .map_err(io::Error::other)

@@ -8,7 +8,7 @@ mod common;
 
 use std::path::Path;
 
-use common::{calls, calls_of, verdict};
+use common::{calls, calls_of, nr, server, verdict};
 use proptest::prelude::*;
 use seccomp_profiles::interp::SeccompData;
 use seccomp_profiles::oci::{self, OciSeccomp};
@@ -22,37 +22,6 @@ const WORKLOADS: [&str; 3] = ["compat", "default", "strict"];
 
 fn runs(action: Action) -> bool {
     matches!(action, Action::Allow | Action::Log)
-}
-
-fn nr(name: &str) -> u32 {
-    table::number(name).unwrap()
-}
-
-/// What a small web server does.
-fn server() -> Observed {
-    let mut seen = Observed::default();
-    for name in [
-        "accept4",
-        "bind",
-        "listen",
-        "epoll_create1",
-        "epoll_ctl",
-        "epoll_wait",
-        "writev",
-        "sendfile",
-        "setuid",
-    ] {
-        assert!(seen.add(nr(name), &[3; 6]), "{name}");
-        assert!(!seen.add(nr(name), &[4; 6]), "{name} twice");
-    }
-    let high = 7 << 32;
-    seen.add(nr("socket"), &[2 | high, 0o2_000_001, 6, 9, 9, 9]);
-    seen.add(nr("setsockopt"), &[3, 1, 2, 77, 4, 0]);
-    seen.add(nr("setsockopt"), &[3, 6, 1, 77, 4, 0]);
-    seen.add(nr("setsockopt"), &[4, 6, 9, 77, 4, 0]);
-    seen.add(nr("ioctl"), &[3, 0x5421, 77, 0, 0, 0]);
-    seen.add(nr("clone"), &[0x3d_0f00, 1, 2, 3, 4, 5]);
-    seen
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::path::PathBuf;
 use std::time::Instant;
 
+use common::{nr, server};
 use seccomp_profiles::interp::SeccompData;
 use seccomp_profiles::node::{self, WORKLOADS};
 use seccomp_profiles::{
@@ -20,31 +21,6 @@ use seccomp_profiles::{
 
 fn program(name: &str) -> Program {
     Program::from_bytes(shipped_program_as(name, Form::Enforce).unwrap()).unwrap()
-}
-
-fn nr(name: &str) -> u32 {
-    table::number(name).unwrap()
-}
-
-/// What a small web server does.
-fn server() -> Observed {
-    let mut seen = Observed::default();
-    for name in [
-        "accept4",
-        "bind",
-        "listen",
-        "epoll_create1",
-        "epoll_ctl",
-        "epoll_wait",
-        "writev",
-    ] {
-        seen.add(nr(name), &[3; 6]);
-    }
-    seen.add(nr("socket"), &[2, 1, 6, 0, 0, 0]);
-    seen.add(nr("setsockopt"), &[3, 1, 2, 77, 4, 0]);
-    seen.add(nr("setsockopt"), &[3, 6, 1, 77, 4, 0]);
-    seen.add(nr("ioctl"), &[3, 0x5421, 77, 0, 0, 0]);
-    seen
 }
 
 /// All that a profile lets run, as if it had been seen.

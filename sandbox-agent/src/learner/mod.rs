@@ -19,23 +19,21 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use casemate_protocol::capabilities::LEARNER;
 use casemate_protocol::plan::LearnPlan;
 use casemate_protocol::{Channel, FromLearner, ToLearner, TransportError, clip, read_plan};
-use casemate_sys::ident::{self, CapSets};
-use casemate_sys::namespace::{self, kind};
 use casemate_sys::observe::Listener;
 use casemate_sys::process::{self, Fork};
 use casemate_sys::{exec, memory as own_memory, notify, seccomp};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::broker::is_readable;
+use crate::companion;
 use crate::error::{At, StepError};
 use crate::pod::until;
 use memory::Reader;
 use notes::{Notes, Which};
 
-/// Reads other processes' memory: SYS_PTRACE, and DAC_READ_SEARCH to open it.
-const CAPS: u64 = 1 << 19 | 1 << 2;
 /// Questions answered of one listener before the loop looks at the rest.
 const AT_ONCE: usize = 64;
 /// Between two reports of what happened again.
@@ -100,20 +98,7 @@ fn lock(
         // Only faster with it; kernels before 6.6 don't have it.
         let _slower = notify::wake_in_place(listener);
     }
-    namespace::enter(&namespace_b, kind::USER).at("enter", "the containers' user namespace")?;
-    drop(namespace_b);
-    // The capabilities of B came with it, and maybe a sysctl's idea of dumps.
-    ident::set_dumpable(false).at("set", "dumpable")?;
-    ident::set_no_new_privs().at("set", "no_new_privs")?;
-    ident::limit_bounding(CAPS).at("limit", "bounding set")?;
-    ident::set_caps(CapSets {
-        effective: CAPS,
-        permitted: CAPS,
-        inheritable: 0,
-    })
-    .at("drop", "capabilities")?;
-    namespace::join_new_session_keyring().at("join", "session keyring")?;
-    let me = process::open_pidfd(process::own_pid()).at("open", "own pidfd")?;
+    let me = companion::settle(namespace_b, LEARNER)?;
     own_memory::release_startup();
     seccomp::install_filter(&plan.filter, 0).at("install filter", "")?;
     channel

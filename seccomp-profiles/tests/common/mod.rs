@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use seccomp_profiles::interp::{self, SeccompData};
 use seccomp_profiles::profile::{Condition, Op};
-use seccomp_profiles::{Action, Explainer, Profile, Program, RuleInfo, reference, table};
+use seccomp_profiles::{Action, Explainer, Observed, Profile, Program, RuleInfo, reference, table};
 
 pub const X32: u32 = 0x4000_0000;
 /// How many combinations of arguments of one call of a shipped profile are
@@ -115,6 +115,38 @@ pub fn calls(profile: &Profile) -> Vec<SeccompData> {
         }
     }
     calls
+}
+
+/// Number of a call.
+pub fn nr(name: &str) -> u32 {
+    table::number(name).unwrap()
+}
+
+/// What a small web server does.
+pub fn server() -> Observed {
+    let mut seen = Observed::default();
+    for name in [
+        "accept4",
+        "bind",
+        "listen",
+        "epoll_create1",
+        "epoll_ctl",
+        "epoll_wait",
+        "writev",
+        "sendfile",
+        "setuid",
+    ] {
+        assert!(seen.add(nr(name), &[3; 6]), "{name}");
+        assert!(!seen.add(nr(name), &[4; 6]), "{name} twice");
+    }
+    let high = 7 << 32;
+    seen.add(nr("socket"), &[2 | high, 0o2_000_001, 6, 9, 9, 9]);
+    seen.add(nr("setsockopt"), &[3, 1, 2, 77, 4, 0]);
+    seen.add(nr("setsockopt"), &[3, 6, 1, 77, 4, 0]);
+    seen.add(nr("setsockopt"), &[4, 6, 9, 77, 4, 0]);
+    seen.add(nr("ioctl"), &[3, 0x5421, 77, 0, 0, 0]);
+    seen.add(nr("clone"), &[0x3d_0f00, 1, 2, 3, 4, 5]);
+    seen
 }
 
 pub fn verdict(program: &Program, data: &SeccompData) -> Action {

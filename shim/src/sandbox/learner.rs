@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use casemate_protocol::capabilities::LEARNER;
 use casemate_protocol::plan::LearnPlan;
 use casemate_protocol::{Channel, FromLearner, ToAgent, TransportError, clip, seal_plan};
 use casemate_spec::Tightened;
@@ -37,8 +38,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const MESSAGES: u32 = 1024;
 /// For what the learners of a dead pod have said to be taken.
 const HEARD_WITHIN: Duration = Duration::from_secs(3);
-/// As in `sandbox-agent/src/learner`: DAC_READ_SEARCH, SYS_PTRACE.
-pub const CAPS: u64 = 1 << 2 | 1 << 19;
 
 /// Calls with an argument that leads to a path, and which.
 const PATHS: &[(&str, u8)] = &[
@@ -260,7 +259,7 @@ async fn first_word(channel: &AsyncFd<Channel>) -> Result<OwnedFd, SandboxError>
 
 /// Whether `/proc/PID/status` says what it should.
 fn check(status: &str) -> Result<(), String> {
-    let caps = format!("{CAPS:016x}");
+    let caps = format!("{LEARNER:016x}");
     for (name, wanted) in [
         ("CapBnd", caps.as_str()),
         ("CapPrm", &caps),

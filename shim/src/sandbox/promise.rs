@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use casemate_cgroup::Cgroup;
 use casemate_posture as posture;
-use casemate_protocol::capabilities::{AGENT, FORKER, SYS_ADMIN};
+use casemate_protocol::capabilities::{AGENT, FORKER, LEARNER, SYS_ADMIN};
 use casemate_spec::{MountKind, MountSpec};
 use seccomp_profiles::Form;
 
-use super::{Container, Sandbox, learner, shared};
+use super::{Container, Sandbox, shared};
 use crate::host::{ids, lockdown};
 use crate::plan;
 
@@ -105,10 +105,13 @@ impl Container {
             pid: learner.pid,
             // Its memory is the agent's, and so is its id.
             uid: pod.range.base(),
-            capabilities: learner::CAPS,
+            capabilities: LEARNER,
             no_new_privs: true,
             filters: filters(&["agent", "learner"]),
-            ..posture::Process::default()
+            cgroups: directories(&pod.cgroup),
+            no_core: true,
+            // Of its callers: memory, for as long as it is read.
+            files: Some(vec!["/proc".to_owned()]),
         })
     }
 
