@@ -100,7 +100,8 @@ fn traced_filters(pid: u32) -> io::Result<Vec<Vec<u8>>> {
         }
     };
     trace(SEIZE, 0, 0)?;
-    let read = || {
+    let mut signal = 0;
+    let mut read = || {
         trace(INTERRUPT, 0, 0)?;
         let mut status = 0;
         let mut tries = 0;
@@ -120,6 +121,11 @@ fn traced_filters(pid: u32) -> io::Result<Vec<Vec<u8>>> {
         if r < 0 || !libc::WIFSTOPPED(status) {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
+        // It has stopped for a signal of its own, which it gets when it is let go; the
+        // stop that was asked for is an event.
+        if status >> 16 == 0 {
+            signal = libc::WSTOPSIG(status) as usize;
+        }
         let mut all = Vec::new();
         loop {
             let count = match trace(GET_FILTER, all.len(), 0) {
@@ -136,6 +142,6 @@ fn traced_filters(pid: u32) -> io::Result<Vec<Vec<u8>>> {
     };
     let all = read();
     // A process that has ended meanwhile can't be let go.
-    let _gone = trace(DETACH, 0, 0);
+    let _gone = trace(DETACH, 0, signal);
     all
 }
