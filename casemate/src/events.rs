@@ -166,13 +166,16 @@ async fn follow(
         tokio::select! {
             Some(value) = lines.recv() => line(&value)?,
             _ = tick.tick() => {
-                for pod in operator::pods()? {
+                let pods = operator::pods()?;
+                // Another pod's shim may have the number, one day.
+                known.retain(|one| pods.iter().any(|pod| which(pod) == *one));
+                for pod in pods {
                     let is_chosen = match (&chosen, wanted) {
                         (Some(chosen), _) => chosen.id == pod.id && chosen.namespace == pod.namespace,
                         (None, Some(name)) => pod.id.starts_with(name),
                         (None, None) => true,
                     };
-                    if is_chosen && known.insert(pod.shim) {
+                    if is_chosen && known.insert(which(&pod)) {
                         tokio::spawn(feed(pod, sender.clone()));
                     }
                 }
@@ -193,21 +196,33 @@ fn later(all: Vec<Value>, last: Option<&Value>) -> Vec<Value> {
     all.into_iter().skip(after.map_or(0, |at| at + 1)).collect()
 }
 
-/// Follows one pod to its end.
+/// What tells a pod from all others, later ones too.
+fn which(pod: &Pod) -> (String, String, String, u32) {
+    let (namespace, id) = (pod.namespace.clone(), pod.id.clone());
+    (namespace, id, pod.since.clone(), pod.shim)
+}
+
+/// Follows one pod to its end. A shim that doesn't answer, for a while, is asked again.
 async fn feed(pod: Pod, lines: Sender<Value>) {
-    let Ok(shim) = Operator::connect(&pod).await else {
-        return;
-    };
     let (mut since, mut told) = (0, Value::Null);
-    while let Ok(page) = shim.records(since, ROUND).await {
-        let records = page["records"].as_array().cloned().unwrap_or_default();
-        // The ring may have refused it: ask again where we were.
-        since = page["next"].as_u64().unwrap_or(since);
-        let lost = dropped(&pod, &page, &mut told);
-        for value in lost.into_iter().chain(records) {
-            if !is_kept_twice(&value) && lines.send(value).await.is_err() {
-                return;
+    let lives = || operator::pods().is_ok_and(|all| all.iter().any(|p| which(p) == which(&pod)));
+    loop {
+        if let Ok(shim) = Operator::connect(&pod).await {
+            while let Ok(page) = shim.records(since, ROUND).await {
+                let records = page["records"].as_array().cloned().unwrap_or_default();
+                // The ring may have refused it: ask again where we were.
+                since = page["next"].as_u64().unwrap_or(since);
+                let lost = dropped(&pod, &page, &mut told);
+                for value in lost.into_iter().chain(records) {
+                    if !is_kept_twice(&value) && lines.send(value).await.is_err() {
+                        return;
+                    }
+                }
             }
+        }
+        tokio::time::sleep(LOOK).await;
+        if !lives() {
+            return;
         }
     }
 }

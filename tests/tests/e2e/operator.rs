@@ -1,14 +1,16 @@
 //! What an operator sees of living pods, and of those that never came to live.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use casemate_tests::bundle::Task;
 use casemate_tests::operator::{ask, casemate, command, lines, records};
+use casemate_tests::pod::{init, insiders};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop, fail};
@@ -18,7 +20,6 @@ use serde_json::{Value, json};
 use ttrpc::Code;
 
 use crate::common::{LONG, casemate_only, expect_code};
-use crate::locks::{init, insiders};
 
 crate::trials![
     operator_ps_tells_what_is,
@@ -27,6 +28,7 @@ crate::trials![
     operator_events_of_a_refused_pod,
     operator_events_of_memory_and_agent,
     operator_events_follow,
+    operator_events_follow_who_was_away,
     operator_events_waiters_are_bounded,
     operator_commands_say_what_is_wrong,
 ];
@@ -210,12 +212,7 @@ fn operator_events_follow() -> Outcome {
     std::thread::sleep(Duration::from_millis(700));
     task.rpc()?.state(&task.id)?;
     procs::signal(insiders(&task)?.0, Signal::KILL);
-    let (sender, lines) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            let _gone = sender.send(line);
-        }
-    });
+    let lines = lines_of(stdout);
     let line = lines.recv_timeout(SHORT);
     let _gone = child.kill();
     child.wait()?;
@@ -223,6 +220,53 @@ fn operator_events_follow() -> Outcome {
     let event: Value = serde_json::from_str(&line).unwrap_or_default();
     ensure_eq!(event["kind"], "agent_loss", "kind in {line}");
     ensure_eq!(event["pod"], task.id.as_str(), "pod in {line}");
+    Ok(task.finish()?)
+}
+
+/// The lines of a stream, as they come.
+fn lines_of(stream: impl Read + Send + 'static) -> Receiver<String> {
+    let (sender, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            let _gone = sender.send(line);
+        }
+    });
+    lines
+}
+
+/// A shim that couldn't be asked when its pod was first seen is asked again.
+fn operator_events_follow_who_was_away() -> Outcome {
+    casemate_only()?;
+    let (task, other) = (Task::sleeping("away")?, Task::sleeping("there")?);
+    let socket = task.answer()?.socket();
+    let aside = socket.with_extension("aside");
+    fs::rename(&socket, &aside)?;
+    let mut child = command(&["events", "--follow"])?
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let Some(stdout) = child.stdout.take() else {
+        return fail("no pipe");
+    };
+    let lines = lines_of(stdout);
+    let told = |task: &Task| -> Outcome {
+        procs::signal(insiders(task)?.0, Signal::KILL);
+        loop {
+            let line = lines.recv_timeout(SHORT);
+            let line = line.map_err(|e| Stop::Fail(format!("of {}: {e}", task.id)))?;
+            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            if event["pod"] == task.id.as_str() && event["kind"] == "agent_loss" {
+                return Ok(());
+            }
+        }
+    };
+    // By now all pods have been seen.
+    let first = told(&other);
+    fs::rename(&aside, &socket)?;
+    let second = first.and_then(|()| told(&task));
+    let _gone = child.kill();
+    child.wait()?;
+    second?;
+    other.finish()?;
     Ok(task.finish()?)
 }
 
