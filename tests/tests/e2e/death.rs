@@ -1,16 +1,20 @@
 //! 101–112: shutdown, violent ends, and the `delete` command.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use casemate_tests::bundle::Task;
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
-use casemate_tests::skip::Outcome;
+use casemate_tests::skip::{Outcome, Stop};
+use casemate_tests::world::probe;
 use casemate_tests::{ensure, ensure_eq, leaks, procs};
 use containerd_shim_protos::api::{DeleteResponse, Empty, ShutdownRequest};
 use protobuf::Message;
 use rustix::process::Signal;
+use serde_json::json;
 
 use crate::common::{RUNNING, casemate_only, status};
 
@@ -20,6 +24,8 @@ crate::trials![
     c103_death_of_the_shim_kills_the_workload,
     c104_delete_after_the_shim_was_killed,
     c105_delete_twice,
+    c105_two_deletes_at_once,
+    c105_delete_with_garbage_in_the_journal,
     c106_delete_of_a_wedged_shim,
     c107_delete_speaks_protobuf_only,
     c108_death_of_the_agent,
@@ -141,6 +147,88 @@ fn c105_delete_twice() -> Outcome {
         "its answer"
     );
     Ok(())
+}
+
+/// Both answer, whoever does the work, and what was there is gone.
+fn c105_two_deletes_at_once() -> Outcome {
+    for _ in 0..5 {
+        let task = Task::sleeping("c105b")?;
+        let all = members(&task)?;
+        kill_shim(&task)?;
+        let answers = std::thread::scope(|scope| {
+            let each: Vec<_> = (0..3)
+                .map(|_| scope.spawn(|| task.shim.run("delete")))
+                .collect();
+            each.into_iter().map(|one| one.join()).collect::<Vec<_>>()
+        });
+        for answer in answers {
+            let answer = answer.map_err(|_| Stop::Fail("a delete panicked".to_owned()))??;
+            ensure_eq!(answer.code(), 0, "delete: {}", answer.err());
+            let reply = DeleteResponse::parse_from_bytes(&answer.stdout)?;
+            ensure_eq!(reply.exit_status, 137, "status");
+        }
+        ensure!(
+            !all.iter().any(|p| procs::alive(*p)),
+            "processes live after delete"
+        );
+        task.expect_clean(Duration::from_secs(1))?;
+    }
+    Ok(())
+}
+
+/// A disk that wrote nonsense, and processes that have the numbers of ours by now.
+fn c105_delete_with_garbage_in_the_journal() -> Outcome {
+    casemate_only()?;
+    let task = Task::sleeping("c105g")?;
+    let all = members(&task)?;
+    kill_shim(&task)?;
+    let other = Command::new(probe()?)
+        .arg("sleep")
+        .process_group(0)
+        .spawn()?;
+    let identity = procs::identity(other.id())
+        .ok_or_else(|| Stop::Fail("no process of our own".to_owned()))?;
+    let journal = task.bundle().join("casemate.journal");
+    let pid = identity.pid;
+    let write = |start: u64| -> Outcome {
+        let who = json!({"pid": pid, "start_time": start});
+        let mut logger = who.clone();
+        logger["container"] = task.id.clone().into();
+        let mut bytes = fs::read(&journal)?;
+        bytes.extend(b"\0\xff\xfe\n{\"agent\":\n[[[[[\n{\"socket\":7}\n{\"later\":{}}\n\n");
+        bytes.extend("[".repeat(1 << 20).bytes());
+        for line in [
+            json!({"agent": who}),
+            json!({"shim": who}),
+            json!({"logger": logger}),
+            json!({"init": {"container": task.id, "pid": pid}}),
+            json!({"cgroup": {"container": "", "dirs": ["/no/such", "", "../.."]}}),
+            json!({"registry": "/no/such"}),
+            json!({"container": {"id": "x", "bundle": "/no/such"}}),
+        ] {
+            bytes.extend(format!("\n{line}").bytes());
+        }
+        bytes.extend(b"\n{\"exit\":{\"container\":\"torn");
+        fs::write(&journal, bytes)?;
+        let answer = task.shim.run("delete")?;
+        ensure_eq!(answer.code(), 0, "delete: {}", answer.err());
+        DeleteResponse::parse_from_bytes(&answer.stdout)?;
+        Ok(())
+    };
+    let done = write(identity.start_time + 1);
+    let spared = procs::alive(identity);
+    // Control: with its own time of birth it is taken for the agent.
+    let killed = done.and_then(|()| write(identity.start_time));
+    let lives = procs::alive(identity);
+    crate::posture::end(other);
+    killed?;
+    ensure!(spared, "a process that only has the number was killed");
+    ensure!(!lives, "control: the journal's own process lives");
+    ensure!(
+        !all.iter().any(|p| procs::alive(*p)),
+        "processes live after delete"
+    );
+    Ok(task.expect_clean(Duration::from_secs(2))?)
 }
 
 fn c106_delete_of_a_wedged_shim() -> Outcome {
