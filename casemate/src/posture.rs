@@ -38,19 +38,21 @@ pub struct Posture {
 pub fn run(options: &Posture) -> Result<i32, RunError> {
     operator::needs_root("posture")?;
     let pod = operator::find(&options.pod)?;
-    let said = operator::block_on(async { Operator::connect(&pod).await?.promise().await })?;
-    let promise: Promise = serde_json::from_value(said).map_err(|e| RunError::Shim {
-        step: "Promise",
-        reason: format!(
-            "the answer is not understood ({e}): install shim and casemate of one release"
-        ),
-    })?;
+    let ask = || -> Result<Promise, RunError> {
+        let said = operator::block_on(async { Operator::connect(&pod).await?.promise().await })?;
+        serde_json::from_value(said).map_err(|e| RunError::Shim {
+            step: "Promise",
+            reason: format!(
+                "the answer is not understood ({e}): install shim and casemate of one release"
+            ),
+        })
+    };
     let depth = if options.glance {
         Depth::Glance
     } else {
         Depth::Whole
     };
-    let found = casemate_posture::compare(&promise, depth);
+    let (promise, found) = casemate_posture::compare_with(ask, depth)?;
     let text = if options.json {
         let all = json!({
             "pod": pod.id,

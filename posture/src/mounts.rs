@@ -6,7 +6,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, makedev, openat,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Statx, StatxFlags, makedev, openat,
     openat2, statx,
 };
 
@@ -193,7 +193,11 @@ impl Seen<'_> {
                 .is_some_and(|e| e.fstype == "tmpfs" && e.flags.iter().any(|flag| flag == "ro"));
             match is_null(&found) {
                 true => device = true,
-                false if empty => {}
+                false if empty && self.is_empty(path) => {}
+                false if empty => {
+                    let wanted = "hidden by an empty tmpfs";
+                    report.add(what, wanted, "a tmpfs with something in it");
+                }
                 false => {
                     let found = entry.map_or("another mount", |e| &e.fstype);
                     report.add(what, "hidden by the null device or an empty tmpfs", found);
@@ -201,6 +205,17 @@ impl Seen<'_> {
             }
         }
         device
+    }
+
+    /// Whether nothing is in a directory.
+    fn is_empty(&self, path: &str) -> bool {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let entries = openat2(&self.root, path, flags, Mode::empty(), how).and_then(Dir::new);
+        entries.is_ok_and(|all| {
+            all.flatten()
+                .all(|entry| matches!(entry.file_name().to_bytes(), b"." | b".."))
+        })
     }
 
     /// Whether the mount is, or is below, one of these.

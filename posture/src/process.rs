@@ -123,8 +123,7 @@ pub fn runtime(report: &mut Report, name: &str, promised: &Process, depth: Depth
         capabilities: promised.capabilities,
         no_new_privs: promised.no_new_privs,
         filters: promised.filters.len(),
-        // Of a learner, what it may have at most.
-        exactly: name != "learner",
+        exactly: true,
     };
     for (tid, status) in Status::threads(pid) {
         let who = match tid == pid {
@@ -132,12 +131,11 @@ pub fn runtime(report: &mut Report, name: &str, promised: &Process, depth: Depth
             false => format!("{who}, thread {tid}"),
         };
         locks(report, &who, &status, &promises);
-        let uid = promised.uid;
-        report.equal(
-            format!("{who}: Uid"),
-            &format!("{uid}\t{uid}\t{uid}\t{uid}").as_str(),
-            &status.get("Uid"),
-        );
+        let ids = vec![promised.uid.to_string(); 4].join(" ");
+        for key in ["Uid", "Gid"] {
+            let found = status.get(key).replace('\t', " ");
+            report.equal(format!("{who}: {key}"), &ids, &found);
+        }
     }
     report.equal(format!("{who}: TracerPid"), &"0", &status.get("TracerPid"));
     if promised.no_core {

@@ -63,7 +63,7 @@ impl From<casemate_netguard::Line> for Rule {
 pub struct Process {
     /// Host pid.
     pub pid: u32,
-    /// Host user id.
+    /// Host user and group id.
     pub uid: u32,
     /// What it is capable of: bits of capabilities(7).
     pub capabilities: u64,

@@ -1,12 +1,16 @@
 //! `ctr`, the client that comes with containerd.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use crate::error::{Result, file};
+use crate::error::{Failure, Result, file};
 use crate::image::Image;
-use crate::run::{Output, run};
+use crate::run::{Output, run, until};
+use crate::{leaks, operator};
+
+/// For what takes its time on a busy machine.
+const LONG: Duration = Duration::from_secs(60);
 
 /// `ctr` bound to one daemon and one namespace.
 #[derive(Clone)]
@@ -108,5 +112,79 @@ impl Ctr {
         for id in list(&["container", "ls", "-q"]).lines() {
             let _ = self.run(&["container", "delete", id], limit);
         }
+    }
+}
+
+/// A task that `ctr run -d` has made; it runs until it is removed.
+pub struct Detached {
+    ctr: Ctr,
+    /// Its id.
+    pub id: String,
+    /// [`Detached::remove`] fails if its pod isn't as its shim promised.
+    pub posture: bool,
+}
+
+impl Detached {
+    /// Starts one of `image`; `flags` are those of `ctr run`.
+    pub fn start(
+        ctr: &Ctr,
+        runtime: &str,
+        flags: &[&str],
+        image: &str,
+        id: &str,
+        args: &[&str],
+    ) -> Result<Self> {
+        let mut all = vec!["run", "-d", "--runtime", runtime];
+        all.extend(flags);
+        all.extend([image, id]);
+        all.extend(args);
+        // Output goes nowhere: with -d, ctr's own fifos end with it.
+        let done = ctr
+            .command(&all)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .map_err(file("run", Path::new("ctr")))?;
+        if !done.success() {
+            return Err(Failure::Unexpected(format!("ctr run -d {id}: {done}")));
+        }
+        Ok(Self {
+            ctr: ctr.clone(),
+            id: id.to_owned(),
+            posture: runtime.contains("casemate"),
+        })
+    }
+
+    /// Runs `ctr task …args`.
+    pub fn task(&self, args: &[&str]) -> Result<Output> {
+        self.ctr.run(&[&["task"], args].concat(), LONG)
+    }
+
+    /// Its line of `ctr task ls`: id, pid, state; empty if there is none.
+    pub fn line(&self) -> Result<Vec<String>> {
+        let text = self.task(&["ls"])?.ok()?.out();
+        let line = text.lines().find(|line| line.starts_with(&self.id));
+        let words = line.unwrap_or_default().split_whitespace();
+        Ok(words.map(str::to_owned).collect())
+    }
+
+    /// Removes the task, whose pod must be as promised until then, and its container;
+    /// nothing of it may be left on the host.
+    pub fn remove(self) -> Result<()> {
+        if self.posture {
+            operator::expect_pod_as_promised(&self.id)?;
+        }
+        let _ = self.task(&["kill", "-s", "SIGKILL", &self.id])?;
+        until("the task to stop", LONG, || {
+            self.line()
+                .is_ok_and(|line| line.last().is_none_or(|state| state == "STOPPED"))
+        })?;
+        // Its exit code is init's.
+        let _ = self.task(&["delete", &self.id])?;
+        self.ctr
+            .run(&["container", "delete", &self.id], LONG)?
+            .ok()?;
+        leaks::expect_none(&self.id, Duration::from_secs(5))
     }
 }

@@ -3,8 +3,11 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
+use crate::error::{Failure, Result};
 use crate::procs;
+use crate::run::until;
 
 /// Where containerd, shims and casemate keep state and cgroups.
 const TREES: [&str; 3] = ["/run/containerd", "/run/casemate", "/sys/fs/cgroup"];
@@ -30,6 +33,17 @@ pub fn with_mark(mark: &str) -> Vec<String> {
         });
     }
     found
+}
+
+/// Fails if anything whose name has `mark` in it is still there after `limit`.
+pub fn expect_none(mark: &str, limit: Duration) -> Result<()> {
+    let mut left = Vec::new();
+    until("a clean host", limit, || {
+        left = with_mark(mark);
+        left.is_empty()
+    })
+    .map(|_| ())
+    .map_err(|_| Failure::Unexpected(format!("left behind: {}", left.join("; "))))
 }
 
 /// Lines of our mount table that mention `mark`.

@@ -16,6 +16,7 @@ pub mod events;
 pub mod exec;
 pub mod generation;
 pub mod image;
+pub mod inject;
 pub mod leaks;
 pub mod ledger;
 pub mod node;

@@ -57,7 +57,8 @@ pub fn deviations(task: &Task, depth: Depth) -> Result<Vec<Deviation>> {
 
 /// The same of the pod whose shim this is a connection to.
 pub fn deviations_from(shim: &Client, depth: Depth) -> Result<Vec<Deviation>> {
-    Ok(casemate_posture::compare(&promise(shim)?, depth).deviations)
+    let (_, found) = casemate_posture::compare_with(|| promise(shim), depth)?;
+    Ok(found.deviations)
 }
 
 /// What the shim promises of its pod.
@@ -70,37 +71,46 @@ pub fn promise(shim: &Client) -> Result<Promise> {
 /// Fails if something isn't as the pod's shim promised; nobody is stopped for it.
 /// Nothing is said of a shim that doesn't answer, and of a pod that has lost its agent.
 pub fn expect_as_promised(shim: &Client) -> Result<()> {
-    let found = deviations_from(shim, Depth::Glance);
-    let found: Vec<String> = found.iter().flatten().map(ToString::to_string).collect();
-    let lost = |line: &String| line.starts_with("agent (") && line.contains("alive");
-    if found.is_empty() || found.iter().any(lost) {
-        return Ok(());
+    let found = match deviations_from(shim, Depth::Glance) {
+        Ok(found) => found,
+        Err(lie @ Failure::Unexpected(_)) => return Err(lie),
+        Err(_) => return Ok(()),
+    };
+    let lost = |d: &Deviation| d.what.starts_with("agent (") && d.promised == "alive";
+    match found.iter().any(lost) {
+        true => Ok(()),
+        false => as_promised(&found),
     }
-    Err(Failure::Unexpected(format!(
-        "the pod is not as promised: {}",
-        found.join("; ")
-    )))
 }
 
-/// Has pods that a real containerd made compared, too.
-const POSTURE_VARIABLE: &str = "CASEMATE_TEST_POSTURE";
-
-/// The same of the living pod with this id, as the node's registry has it, where
-/// `CASEMATE_TEST_POSTURE` is set.
-pub fn expect_pod_as_promised(pod: &str) -> Result<()> {
-    if std::env::var_os(POSTURE_VARIABLE).is_none() {
-        return Ok(());
+fn as_promised(found: &[Deviation]) -> Result<()> {
+    let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
+    match lines.as_slice() {
+        [] => Ok(()),
+        lines => Err(Failure::Unexpected(format!(
+            "the pod is not as promised: {}",
+            lines.join("; ")
+        ))),
     }
-    shim_of(pod).as_ref().map_or(Ok(()), expect_as_promised)
+}
+
+/// Fails unless the living pod with this id, as the node's registry has it, is all that
+/// its shim promises.
+pub fn expect_pod_as_promised(pod: &str) -> Result<()> {
+    as_promised(&deviations_from(&shim_of(pod)?, Depth::Glance)?)
 }
 
 /// The shim of the living pod with this id, as the node's registry has it.
-fn shim_of(pod: &str) -> Option<Client> {
-    let entries = std::fs::read_dir("/run/casemate/pods").ok()?;
+fn shim_of(pod: &str) -> Result<Client> {
+    let entries = std::fs::read_dir("/run/casemate/pods")
+        .into_iter()
+        .flatten();
     let socket = entries.flatten().find_map(|entry| {
         let entry = parse(&std::fs::read_to_string(entry.path()).ok()?).ok()?;
         let socket = entry["socket"].as_str()?;
         (entry["pod"] == pod).then(|| socket.to_owned())
-    })?;
-    Client::connect(&format!("unix://{socket}"), 2).ok()
+    });
+    let socket = socket
+        .ok_or_else(|| Failure::Unexpected(format!("pod {pod} has no entry in the registry")))?;
+    Client::connect(&format!("unix://{socket}"), 2)
 }

@@ -11,7 +11,7 @@ use containerd_shim_protos::events::task::TaskExit;
 use serde_json::{Value, json};
 
 use crate::bundle::Task;
-use crate::error::Result;
+use crate::error::{Failure, Result};
 use crate::procs;
 use crate::shim::SHORT;
 use crate::spec::annotate;
@@ -63,6 +63,22 @@ fn remove(task: Task) -> Result<DeleteResponse> {
     let deleted = rpc.delete(&task.id)?;
     task.forget();
     Ok(deleted)
+}
+
+/// The host pid of a task's init.
+pub fn init(task: &Task) -> Result<u32> {
+    Ok(task.rpc()?.state(&task.id)?.pid)
+}
+
+/// The agent and the forker of a pod's only container: the parents of init.
+pub fn insiders(task: &Task) -> Result<(u32, u32)> {
+    let parent = |pid: u32| -> Result<u32> {
+        let text = procs::status_field(pid, "PPid").unwrap_or_default();
+        text.parse()
+            .map_err(|_| Failure::Unexpected(format!("parent of {pid}: {text:?}")))
+    };
+    let forker = parent(init(task)?)?;
+    Ok((parent(forker)?, forker))
 }
 
 /// Whose processes a container sees (`NamespaceMode` of CRI).

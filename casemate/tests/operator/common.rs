@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use casemate_tests::bundle::Task;
-use casemate_tests::procs;
 use casemate_tests::skip::{Outcome, Stop, skip};
 use casemate_tests::world::{binaries, probe};
 
@@ -48,20 +47,4 @@ pub fn configure(task: &mut Task, text: &str) -> Result<PathBuf, Stop> {
     let variable = ("CASEMATE_CONFIG".to_owned(), path.display().to_string());
     task.shim.env.push(variable);
     Ok(path)
-}
-
-/// Host pid of init.
-pub fn init(task: &Task) -> Result<u32, Stop> {
-    Ok(task.rpc()?.state(&task.id)?.pid)
-}
-
-/// The agent and the forker of the only container: the parents of init.
-pub fn insiders(task: &Task) -> Result<(u32, u32), Stop> {
-    let parent = |pid: u32| -> Result<u32, Stop> {
-        let text = procs::status_field(pid, "PPid").unwrap_or_default();
-        text.parse()
-            .map_err(|_| Stop::Fail(format!("parent of {pid}: {text:?}")))
-    };
-    let forker = parent(init(task)?)?;
-    Ok((parent(forker)?, forker))
 }

@@ -5,12 +5,12 @@ use std::path::Path;
 
 use casemate_tests::bundle::Task;
 use casemate_tests::operator::{casemate, lines};
-use casemate_tests::pod::{self, Pids, Pod};
+use casemate_tests::pod::{self, Pids, Pod, init, insiders};
 use casemate_tests::skip::{Outcome, Stop, fail};
 use casemate_tests::{ensure, ensure_eq, procs};
 use serde_json::{Value, json};
 
-use crate::common::{configure, init, insiders, ready};
+use crate::common::{configure, ready};
 
 crate::trials![
     inspect_tells_what_is,

@@ -4,6 +4,7 @@
 //! long; who waits for records is counted, and there is room for a few.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -130,16 +131,24 @@ impl MethodHandler for Promise {
     }
 }
 
+/// What containerd renames a bundle to before it removes it; that of a sandbox container
+/// that has ended goes before its pod does.
+fn removed(bundle: &Path) -> PathBuf {
+    let name = bundle.file_name().unwrap_or_default();
+    bundle.with_file_name(format!(".{}", name.display()))
+}
+
 /// What living processes of the pod were promised to be.
 fn promise(pod: &Pod) -> Result<Value, ShimError> {
     let sandbox = pod.sandbox()?;
     let tasks = pod.tasks();
-    let bundles = tasks.iter().map(|task| task.bundle.clone());
+    let bundles = tasks.iter().map(|task| &task.bundle).chain([&pod.bundle]);
+    let bundles = bundles.flat_map(|bundle| [bundle.clone(), removed(bundle)]);
     let logs = tasks.iter().flat_map(|task| {
         let execs = task.execs().into_iter().map(|exec| exec.paths.logs());
         task.init.paths.logs().into_iter().chain(execs.flatten())
     });
-    let files = bundles.chain([pod.bundle.clone()]).chain(logs);
+    let files = bundles.chain(logs);
     let mut promise = sandbox.promise(files);
     for task in &tasks {
         let Some(container) = task.container() else {

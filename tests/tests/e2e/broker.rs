@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use casemate_tests::bundle::Task;
 use casemate_tests::exec::Exec;
 use casemate_tests::operator::{ask, casemate, lines, records};
-use casemate_tests::pod::{Pids, Pod, say};
+use casemate_tests::pod::{Pids, Pod, insiders, say};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop, fail};
@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 
 use crate::common::{LONG, RUNNING, casemate_only, status};
 use crate::hostile_node::configure;
-use crate::locks::insiders;
 
 crate::trials![
     broker_counts_by_rule_and_class,

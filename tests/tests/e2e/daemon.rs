@@ -1,11 +1,10 @@
 //! Through a real containerd and `ctr`: 1, 31, 41, 109, 110, 113, and bad input.
 
 use std::fs;
-use std::process::Stdio;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
-use casemate_tests::ctr::Ctr;
+use casemate_tests::ctr::{Ctr, Detached};
 use casemate_tests::image::{Image, catalog};
 use casemate_tests::run::{Output, until};
 use casemate_tests::skip::{Outcome, Stop};
@@ -73,14 +72,8 @@ pub fn run(name: &str, flags: &[&str], args: &[&str]) -> Result<(String, Output)
     Ok((id, output))
 }
 
-/// Fails if anything with this id is left 3 s later.
 fn expect_clean(id: &str) -> Outcome {
-    let _ = until("a clean host", Duration::from_secs(3), || {
-        leaks::with_mark(id).is_empty()
-    });
-    let left = leaks::with_mark(id);
-    ensure!(left.is_empty(), "left behind: {}", left.join("; "));
-    Ok(())
+    Ok(leaks::expect_none(id, Duration::from_secs(5))?)
 }
 
 fn c001_containerd_finds_and_runs_the_runtime() -> Outcome {
@@ -106,31 +99,12 @@ fn c109_containerd_restarts() -> Outcome {
     };
     let daemon = world.daemon()?;
     let id = world.id("c109");
-    let args = [
-        "run",
-        "-d",
-        "--runtime",
-        world.runtime(),
-        catalog::BASE,
-        &id,
-        "/bin/probe",
-        "sleep",
-    ];
-    // Output goes nowhere: with -d, ctr's own fifos end with it.
-    let mut start = ctr.command(&args);
-    let status = start
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()?;
-    ensure!(status.success(), "ctr run -d: {status}");
-    let listed = |when: &str| -> Result<String, Stop> {
-        let text = ctr.run(&["task", "ls"], LONG)?.ok()?.out();
-        let line = text
-            .lines()
-            .find(|line| line.starts_with(&id))
-            .map(str::to_owned);
-        line.ok_or_else(|| Stop::Fail(format!("no task {id} {when}: {text}")))
+    let sleep = ["/bin/probe", "sleep"];
+    let task = Detached::start(&ctr, world.runtime(), &[], catalog::BASE, &id, &sleep)?;
+    let listed = |when: &str| -> Result<Vec<String>, Stop> {
+        let line = task.line()?;
+        ensure!(!line.is_empty(), "no task {id} {when}");
+        Ok(line)
     };
     let before = listed("before the restart")?;
     // Item 110: the way back that 1.6 and 1.7 use.
@@ -146,15 +120,8 @@ fn c109_containerd_restarts() -> Outcome {
         before,
         "the task after the restart"
     );
-    ensure!(before.contains("RUNNING"), "state {before:?}");
-    ctr.run(&["task", "kill", "-s", "SIGKILL", &id], LONG)?
-        .ok()?;
-    until("the task to stop", LONG, || {
-        ctr.run(&["task", "delete", &id], LONG)
-            .is_ok_and(|o| o.code() == 137 || o.code() == 0)
-    })?;
-    ctr.run(&["container", "delete", &id], LONG)?.ok()?;
-    expect_clean(&id)
+    ensure!(before.contains(&"RUNNING".to_owned()), "state {before:?}");
+    Ok(task.remove()?)
 }
 
 /// `ctr task exec`, in containers that deny and that record execs.
@@ -165,34 +132,12 @@ fn ctr_exec_follows_the_rules() -> Outcome {
     let with = |policy: &str, check: &dyn Fn(&str) -> Outcome| -> Outcome {
         let id = world.id(&format!("ctrexec{policy}"));
         let annotation = format!("casemate.io/exec={policy}");
-        let flags = [
-            "run",
-            "-d",
-            "--runtime",
-            world.runtime(),
-            "--annotation",
-            &annotation,
-        ];
-        let args = [&flags[..], &[catalog::BASE, &id, "/bin/probe", "sleep"]].concat();
-        let mut start = ctr.command(&args);
-        let nothing = || (Stdio::null(), Stdio::null());
-        let (input, output) = nothing();
-        let status = start
-            .stdin(input)
-            .stdout(output)
-            .stderr(Stdio::null())
-            .status()?;
-        ensure!(status.success(), "ctr run -d: {status}");
+        let flags = ["--annotation", &annotation];
+        let sleep = ["/bin/probe", "sleep"];
+        let task = Detached::start(&ctr, world.runtime(), &flags, catalog::BASE, &id, &sleep)?;
         let checked = check(&id);
-        ctr.run(&["task", "kill", "-s", "SIGKILL", &id], LONG)?
-            .ok()?;
-        until("the task to stop", LONG, || {
-            ctr.run(&["task", "delete", &id], LONG)
-                .is_ok_and(|o| o.code() == 137 || o.code() == 0)
-        })?;
-        ctr.run(&["container", "delete", &id], LONG)?.ok()?;
-        checked?;
-        expect_clean(&id)
+        task.remove()?;
+        checked
     };
     let exec = |id: &str, script: &str| {
         let args = [

@@ -2,6 +2,7 @@
 //! line that says what, of what, and why.
 
 use casemate_tests::bundle::Task;
+use casemate_tests::pod::insiders;
 use casemate_tests::procs;
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
@@ -14,7 +15,6 @@ use ttrpc::Code;
 
 use crate::common::casemate_only;
 use crate::hostile::one_line;
-use crate::locks::insiders;
 
 crate::trials![errors_have_their_code_and_one_line];
 

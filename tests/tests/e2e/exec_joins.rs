@@ -28,7 +28,7 @@ crate::trials![
 ];
 
 /// Everything about a process that must not depend on who asked for it.
-fn facts(pid: u32) -> Result<BTreeMap<String, String>, Stop> {
+pub fn facts(pid: u32) -> Result<BTreeMap<String, String>, Stop> {
     let mut all = BTreeMap::new();
     for field in [
         "Umask",

@@ -37,21 +37,21 @@ fn kilobytes(pid: u32, field: &str) -> u64 {
         .unwrap_or(0)
 }
 
-fn entries(dir: impl AsRef<Path>) -> usize {
-    fs::read_dir(dir).map(Iterator::count).unwrap_or(0)
+fn entries(dir: impl AsRef<Path>) -> u64 {
+    fs::read_dir(dir).map(Iterator::count).unwrap_or(0) as u64
 }
 
 /// What must not grow.
 #[derive(Debug, Clone, Copy)]
 struct Sizes {
-    shim_fds: usize,
-    agent_fds: usize,
+    shim_fds: u64,
+    agent_fds: u64,
     shim_anon: u64,
     agent_anon: u64,
-    staged: usize,
-    cgroups: usize,
+    staged: u64,
+    cgroups: u64,
     dying: u64,
-    processes: usize,
+    processes: u64,
 }
 
 fn sizes(shim: u32, agent: u32, parent: &str) -> Sizes {
@@ -71,9 +71,9 @@ fn sizes(shim: u32, agent: u32, parent: &str) -> Sizes {
         shim_anon: kilobytes(shim, "Anonymous"),
         agent_anon: kilobytes(agent, "Anonymous"),
         staged: entries(format!("/proc/{agent}/root/staging")),
-        cgroups: leaks::cgroups_with(parent).len(),
+        cgroups: leaks::cgroups_with(parent).len() as u64,
         dying: dying.unwrap_or(0),
-        processes: procs::family(shim).len(),
+        processes: procs::family(shim).len() as u64,
     }
 }
 
@@ -120,34 +120,23 @@ fn fault_rounds_in_a_pod_leave_no_growth() -> Outcome {
     );
     let after = sizes(shim, agent, &parent);
     println!("{rounds} rounds, {each:?} each: before {before:?}, after {after:?}");
-    ensure!(
-        after.shim_fds <= before.shim_fds,
-        "shim's descriptors: {before:?}, {after:?}"
-    );
-    ensure!(
-        after.agent_fds <= before.agent_fds,
-        "agent's descriptors: {before:?}, {after:?}"
-    );
-    ensure!(
-        after.shim_anon <= before.shim_anon + 256 && after.agent_anon <= before.agent_anon + 64,
-        "memory: {before:?}, {after:?}"
-    );
-    ensure!(
-        after.staged <= before.staged,
-        "staged: {before:?}, {after:?}"
-    );
-    ensure!(
-        after.cgroups <= before.cgroups,
-        "cgroups: {before:?}, {after:?}"
-    );
-    ensure!(
-        after.dying <= before.dying + 8,
-        "dying cgroups: {before:?}, {after:?}"
-    );
-    ensure!(
-        after.processes <= before.processes,
-        "processes: {before:?}, {after:?}"
-    );
+    for (what, more, allowed) in [
+        ("shim's descriptors", [before.shim_fds, after.shim_fds], 0),
+        (
+            "agent's descriptors",
+            [before.agent_fds, after.agent_fds],
+            0,
+        ),
+        ("shim's memory", [before.shim_anon, after.shim_anon], 256),
+        ("agent's memory", [before.agent_anon, after.agent_anon], 64),
+        ("staged", [before.staged, after.staged], 0),
+        ("cgroups", [before.cgroups, after.cgroups], 0),
+        ("dying cgroups", [before.dying, after.dying], 8),
+        ("processes", [before.processes, after.processes], 0),
+    ] {
+        let [before, after] = more;
+        ensure!(after <= before + allowed, "{what}: {before}, then {after}");
+    }
     let rpc = pause.rpc()?;
     rpc.kill(&pause.id, 9, true)?;
     rpc.wait(&pause.id, SHORT)?;

@@ -8,6 +8,7 @@ use std::process::Command;
 
 use casemate_tests::bundle::Task;
 use casemate_tests::image::oci::sha256;
+use casemate_tests::pod::insiders;
 use casemate_tests::run;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop, fail, skip};
@@ -19,7 +20,6 @@ use serde_json::{Value, json};
 use crate::common::{casemate_only, expect_text, run as run_plain};
 use crate::hostile::expect;
 use crate::hostile_node::configure;
-use crate::locks::insiders;
 use crate::oci::says;
 
 crate::trials![

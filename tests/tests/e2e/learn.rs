@@ -11,7 +11,7 @@ use casemate_posture::Depth;
 use casemate_tests::bundle::{NAMESPACE, Task};
 use casemate_tests::exec::Exec;
 use casemate_tests::operator::{ask, casemate, deviations};
-use casemate_tests::pod::{exec, say};
+use casemate_tests::pod::{exec, insiders, say};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop, fail};
@@ -23,7 +23,6 @@ use serde_json::{Value, json};
 
 use crate::common::{LONG, RUNNING, casemate_only, status};
 use crate::hostile_node::configure;
-use crate::locks::insiders;
 
 crate::trials![
     learn_takes_leave,

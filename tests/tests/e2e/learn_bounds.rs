@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use casemate_tests::bundle::Task;
 use casemate_tests::exec::Exec;
 use casemate_tests::operator::records;
-use casemate_tests::pod::{Pids, Pod, say};
+use casemate_tests::pod::{Pids, Pod, insiders, say};
 use casemate_tests::run::until;
 use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::{ensure, ensure_eq, procs};
@@ -16,7 +16,6 @@ use seccomp_profiles::recording::Container;
 use crate::common::{LONG, RUNNING, casemate_only, status};
 use crate::hostile_node::configure;
 use crate::learn::{KEY, beside, directory, file, in_time, kinds, learner, of, recording, sleeper};
-use crate::locks::insiders;
 
 crate::trials![
     learn_stopped_ends_the_pod_in_time,
@@ -52,7 +51,7 @@ fn loss(task: &Task, part: &str) -> Outcome {
 fn learn_stopped_ends_the_pod_in_time() -> Outcome {
     casemate_only()?;
     let task = sleeper("learnstop", "")?;
-    let call = format!("/proc/{}/syscall", crate::locks::init(&task)?);
+    let call = format!("/proc/{}/syscall", casemate_tests::pod::init(&task)?);
     until("init to be past its last call", LONG, || {
         let now = std::fs::read_to_string(&call).unwrap_or_default();
         SLEEPS.iter().any(|number| now.starts_with(number))

@@ -93,6 +93,18 @@ fn sandbox_cgroup_limits_are_in_force() -> Outcome {
     Ok(task.finish()?)
 }
 
+/// The task is killed for want of memory, which is told before its end.
+pub fn killed_for_memory(task: &Task) -> Outcome {
+    let status = task.rpc()?.wait(&task.id, LONG)?.exit_status;
+    ensure_eq!(status, 137, "exit status");
+    task.events.wait_for("exit", SHORT)?;
+    task.events.wait_for("oom", SHORT)?;
+    let topics = task.events.topics();
+    let place = |topic: &str| topics.iter().position(|t| t == topic);
+    ensure!(place("oom") < place("exit"), "order of events: {topics:?}");
+    Ok(())
+}
+
 fn sandbox_memory_limit_kills_and_tells() -> Outcome {
     let mut task = Task::new(
         "oomkill",
@@ -108,13 +120,7 @@ fn sandbox_memory_limit_kills_and_tells() -> Outcome {
     task.boot()?;
     task.create()?;
     task.rpc()?.start(&task.id)?;
-    let status = task.rpc()?.wait(&task.id, LONG)?.exit_status;
-    ensure_eq!(status, 137, "exit status");
-    task.events.wait_for("oom", SHORT)?;
-    task.events.wait_for("exit", SHORT)?;
-    let topics = task.events.topics();
-    let place = |topic: &str| topics.iter().position(|t| t == topic);
-    ensure!(place("oom") < place("exit"), "order of events: {topics:?}");
+    killed_for_memory(&task)?;
     Ok(task.finish()?)
 }
 

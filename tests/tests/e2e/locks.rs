@@ -8,6 +8,7 @@ use std::fs;
 use std::process::Command;
 
 use casemate_tests::bundle::Task;
+use casemate_tests::pod::{init, insiders};
 use casemate_tests::run;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
@@ -65,22 +66,6 @@ pub fn all_refused(what: &str, text: &str, least: usize, wanted: &[&str]) -> Out
         wrong.join("; ")
     );
     Ok(())
-}
-
-/// The host pid of init.
-pub fn init(task: &Task) -> Result<u32, Stop> {
-    Ok(task.rpc()?.state(&task.id)?.pid)
-}
-
-/// The agent and the forker of the only container.
-pub fn insiders(task: &Task) -> Result<(u32, u32), Stop> {
-    let parent = |pid: u32| -> Result<u32, Stop> {
-        let text = procs::status_field(pid, "PPid").unwrap_or_default();
-        text.parse()
-            .map_err(|_| Stop::Fail(format!("parent of {pid}: {text:?}")))
-    };
-    let forker = parent(init(task)?)?;
-    Ok((parent(forker)?, forker))
 }
 
 /// A directory of the host as a read-only volume at /vol.

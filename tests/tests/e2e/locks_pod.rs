@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::time::{Duration, Instant};
 
 use casemate_tests::bundle::Task;
+use casemate_tests::pod::{init, insiders};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
@@ -15,7 +16,8 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::common::casemate_only;
-use crate::locks::{ALL, all_refused, init, insiders, on_host, sleeper};
+use crate::exec_joins::facts;
+use crate::locks::{ALL, all_refused, on_host, sleeper};
 
 crate::trials![
     locks_pods_are_apart,
@@ -134,39 +136,14 @@ fn locks_exec_is_held_as_init() -> Outcome {
     let init = init(&task)?;
     let (exec, _out) = exec(&task, "more", &["/bin/probe", "sleep"])?;
     ensure!(procs::identity(exec).is_some(), "no exec'ed process {exec}");
-    for field in [
-        "CapInh",
-        "CapPrm",
-        "CapEff",
-        "CapBnd",
-        "CapAmb",
-        "NoNewPrivs",
-        "Seccomp",
-        "Seccomp_filters",
-        "Uid",
-        "Gid",
-        "SigBlk",
-    ] {
+    let (theirs, inits) = (facts(exec)?, facts(init)?);
+    for (what, value) in &inits {
         ensure_eq!(
-            procs::status_field(exec, field),
-            procs::status_field(init, field),
-            "{field} of the exec'ed process"
+            theirs.get(what),
+            Some(value),
+            "{what} of the exec'ed process"
         );
     }
-    for kind in ["mnt", "pid", "net", "ipc", "uts", "user", "cgroup", "time"] {
-        let link = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
-        ensure_eq!(
-            link(exec)?,
-            link(init)?,
-            "{kind} namespace of the exec'ed process"
-        );
-    }
-    let groups = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cgroup"));
-    ensure_eq!(
-        groups(exec)?,
-        groups(init)?,
-        "cgroups of the exec'ed process"
-    );
     // execve(2) closes the others one by one.
     let descriptors = || fs::read_dir(format!("/proc/{exec}/fd")).map_or(0, |all| all.count());
     let _late = until("three descriptors", SHORT, || descriptors() == 3);

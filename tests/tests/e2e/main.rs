@@ -52,6 +52,7 @@ mod policy;
 mod port_lock;
 mod posture;
 mod posture_changes;
+mod posture_injected;
 mod probes;
 mod probes_outside;
 mod probes_topics;
@@ -134,6 +135,7 @@ fn main() -> ExitCode {
         port_lock::trials(),
         posture::trials(),
         posture_changes::trials(),
+        posture_injected::trials(),
         probes::trials(),
         reach::trials(),
         probes_outside::trials(),

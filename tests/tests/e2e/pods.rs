@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use casemate_tests::bundle::Task;
-use casemate_tests::pod::{Pids, Pod, exec, inner_pid, namespace, population, say};
+use casemate_tests::pod::{Pids, Pod, exec, init, inner_pid, insiders, namespace, population, say};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
@@ -15,7 +15,7 @@ use ttrpc::Code;
 
 use crate::common::{casemate_only, expect_code, expect_text};
 use crate::hostile_node::configure;
-use crate::locks::{ALL, init, insiders, on_host};
+use crate::locks::{ALL, on_host};
 
 crate::trials![
     c114_pod_shares_net_ipc_uts,

@@ -5,7 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use casemate_tests::bundle::Task;
-use casemate_tests::pod::{Pids, Pod, exec, namespace, population, say};
+use casemate_tests::pod::{Pids, Pod, exec, init, insiders, namespace, population, say};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
@@ -14,7 +14,6 @@ use serde_json::json;
 use ttrpc::Code;
 
 use crate::common::{LONG, expect_code};
-use crate::locks::{init, insiders};
 
 crate::trials![
     c070_exec_outlives_init_with_shared_pids,

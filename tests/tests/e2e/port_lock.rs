@@ -10,7 +10,7 @@ use casemate_sys::landlock;
 use casemate_sys::namespace::{self, kind};
 use casemate_tests::bundle::Task;
 use casemate_tests::operator::{casemate, lines};
-use casemate_tests::pod::{Pids, Pod, say};
+use casemate_tests::pod::{Pids, Pod, init, say};
 use casemate_tests::skip::{Outcome, Stop, fail, skip};
 use casemate_tests::spec::annotate;
 use casemate_tests::{ensure, ensure_eq};
@@ -18,7 +18,7 @@ use serde_json::json;
 
 use crate::common::{LONG, casemate_only};
 use crate::hostile_node::configure;
-use crate::locks::{init, on_host};
+use crate::locks::on_host;
 
 crate::trials![
     port_lock_holds_without_the_guard,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use casemate_posture::Depth;
 use casemate_tests::bundle::Task;
 use casemate_tests::operator::{casemate, deviations};
-use casemate_tests::pod::{self, Pids, Pod};
+use casemate_tests::pod::{self, Pids, Pod, init};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::common::casemate_only;
 use crate::hostile_node::configure;
-use crate::locks::{init, sleeper};
+use crate::locks::sleeper;
 
 crate::trials![
     posture_of_pods_as_promised,

@@ -10,12 +10,12 @@ use casemate_posture::{Depth, Promise, compare};
 use casemate_sys::namespace::{self, kind};
 use casemate_tests::bundle::Task;
 use casemate_tests::operator::{deviations, promise};
-use casemate_tests::pod;
+use casemate_tests::pod::{self, init, insiders};
 use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::{ensure, ensure_eq};
 
 use crate::common::casemate_only;
-use crate::locks::{init, insiders, sleeper};
+use crate::locks::sleeper;
 use crate::posture::{as_promised, cgroup_file, end, in_mounts, names};
 
 crate::trials![
@@ -23,6 +23,7 @@ crate::trials![
     posture_a_path_that_was_made_writable,
     posture_a_mount_that_nobody_promised,
     posture_a_mount_that_became_shared,
+    posture_a_mask_that_shows_something,
     posture_a_process_in_another_cgroup,
     posture_a_device_that_was_allowed,
     posture_a_descriptor_from_outside,
@@ -108,6 +109,33 @@ fn posture_a_mount_that_became_shared() -> Outcome {
     task.posture = false;
     in_mounts(&task, &["mount", "--make-shared", "/dev"])?;
     names(&task, &["mount /dev: propagation: promised private"])?;
+    Ok(task.finish()?)
+}
+
+fn posture_a_mask_that_shows_something() -> Outcome {
+    casemate_only()?;
+    let mut task = sleeper("maskfull")?;
+    as_promised(&task)?;
+    task.posture = false;
+    let masked = promise(task.rpc()?)?.containers.remove(0).masked;
+    let dir = masked.iter().find(|path| *path == "/sys/firmware");
+    ensure!(dir.is_some(), "no directory is masked: {masked:?}");
+    in_mounts(&task, &["mount", "-t", "tmpfs", "none", "/sys/firmware"])?;
+    let hidden = "/sys/firmware: promised hidden by";
+    names(
+        &task,
+        &[&format!(
+            "{hidden} the null device or an empty tmpfs, found tmpfs"
+        )],
+    )?;
+    in_mounts(&task, &["touch", "/sys/firmware/x"])?;
+    in_mounts(&task, &["mount", "-o", "remount,bind,ro", "/sys/firmware"])?;
+    names(
+        &task,
+        &[&format!(
+            "{hidden} an empty tmpfs, found a tmpfs with something"
+        )],
+    )?;
     Ok(task.finish()?)
 }
 
@@ -201,7 +229,11 @@ fn posture_names_what_was_promised_and_is_not_so() -> Outcome {
     // In the place of the forker: who has no descriptor that shows a domain.
     let pid = init(&task)?;
     type Change<'a> = &'a dyn Fn(&mut Promise);
-    let cases: [(&str, Change<'_>); 17] = [
+    let below = |target: &str| casemate_posture::Mount {
+        target: target.to_owned(),
+        ..Default::default()
+    };
+    let cases: [(&str, Change<'_>); 26] = [
         ("shim (", &|p| p.shim.capabilities |= 1 << 12),
         ("CapPrm", &|p| p.agent.capabilities |= 1 << 12),
         ("CapBnd", &|p| p.containers[0].capabilities &= !1),
@@ -219,6 +251,40 @@ fn posture_names_what_was_promised_and_is_not_so() -> Outcome {
         ("type", &|p| p.containers[0].mounts[0].fstype = "nfs".into()),
         ("the node's", &|p| p.shim.pid = p.agent.pid),
         ("Landlock domain", &|p| p.containers[0].forker = pid),
+        ("nothing there", &|p| {
+            p.containers[0].mounts.push(below("/no"))
+        }),
+        ("what is below", &|p| {
+            p.containers[0].mounts.push(below("/bin"))
+        }),
+        ("no mount over it", &|p| {
+            p.containers[0].masked.push("/bin".into())
+        }),
+        ("or an empty tmpfs", &|p| {
+            p.containers[0].masked.push("/vol".into())
+        }),
+        ("/dev: promised read-only", &|p| {
+            p.containers[0].readonly.push("/dev".into());
+        }),
+        ("limit no.such", &|p| {
+            let limits = &mut p.containers[0].limits.0;
+            let known = limits.keys().next().cloned().unwrap_or_default();
+            let dir = Path::new(&known).parent().unwrap_or(Path::new("/"));
+            limits.insert(dir.join("no.such").display().to_string(), "1".into());
+        }),
+        ("promised other, found", &|p| {
+            for rule in p.network.guard.iter_mut().flatten() {
+                rule.content = "other".into();
+            }
+        }),
+        ("network guard: promised another", &|p| {
+            for rule in p.network.guard.iter_mut().flatten() {
+                rule.name = "another".into();
+            }
+        }),
+        ("cgroup", &|p| {
+            p.agent.cgroups.push("/sys/fs/cgroup/memory/no/such".into())
+        }),
     ];
     let mut unnamed = Vec::new();
     for (part, change) in cases {

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use casemate_sys::seccomp;
 use casemate_tests::bundle::Task;
+use casemate_tests::ctr::Detached;
 use casemate_tests::exec::Exec;
 use casemate_tests::image::{catalog, oci::sha256};
+use casemate_tests::pod::{init, insiders};
 use casemate_tests::run::{run, until};
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
@@ -19,7 +21,7 @@ use casemate_tests::{World, ensure, ensure_eq, pod, procs};
 use serde_json::json;
 
 use crate::common::casemate_only;
-use crate::locks::{init, insiders, sleeper};
+use crate::locks::sleeper;
 use crate::probes::checks;
 
 crate::trials![
@@ -254,18 +256,8 @@ fn probes_t36_files_with_privilege_stay_where_they_are() -> Outcome {
     let id = world.id("suid");
     let name = format!("evil-{id}");
     let script = format!("cp /bin/busybox /{name} && chmod 6755 /{name} && sleep 100");
-    let args = [
-        "run",
-        "-d",
-        "--runtime",
-        world.runtime(),
-        catalog::BASE,
-        &id,
-        "sh",
-        "-c",
-        &script,
-    ];
-    ctr.run(&args, SHORT)?.ok()?;
+    let args = ["sh", "-c", &script];
+    let task = Detached::start(&ctr, world.runtime(), &[], catalog::BASE, &id, &args)?;
     let mut found = Vec::new();
     let there = until("the file on disk", SHORT, || {
         found.clear();
@@ -284,9 +276,7 @@ fn probes_t36_files_with_privilege_stay_where_they_are() -> Outcome {
             test.status().is_ok_and(|s| s.success())
         })
         .collect();
-    let _ = ctr.run(&["task", "kill", "-s", "SIGKILL", &id], SHORT);
-    let _ = ctr.run(&["task", "delete", "-f", &id], SHORT);
-    let _ = ctr.run(&["container", "delete", &id], SHORT);
+    task.remove()?;
     there?;
     ensure!(!found.is_empty(), "control: no set-uid file on disk");
     ensure!(

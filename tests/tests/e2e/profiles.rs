@@ -9,7 +9,7 @@ use casemate_posture::Depth;
 use casemate_tests::bundle::Task;
 use casemate_tests::exec::Exec;
 use casemate_tests::operator::{ask, casemate, command, deviations};
-use casemate_tests::pod::say;
+use casemate_tests::pod::{init, say};
 use casemate_tests::run::{run, until};
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
@@ -23,7 +23,6 @@ use serde_json::{Value, json};
 
 use crate::common::{LONG, casemate_only, expect_text};
 use crate::hostile_node::configure;
-use crate::locks::init;
 use crate::profiles_least::{PROBE, PROGRAMS};
 
 crate::trials![

@@ -19,7 +19,7 @@ use protobuf::{Message, MessageField};
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::common::{LONG, casemate_only};
+use crate::common::casemate_only;
 use crate::limits::{cgroup, init};
 
 crate::trials![
@@ -347,13 +347,7 @@ fn group_oom_is_told() -> Outcome {
     task.boot()?;
     task.create()?;
     task.rpc()?.start(&task.id)?;
-    let status = task.rpc()?.wait(&task.id, LONG)?.exit_status;
-    ensure_eq!(status, 137, "exit status");
-    task.events.wait_for("exit", SHORT)?;
-    task.events.wait_for("oom", SHORT)?;
-    let topics = task.events.topics();
-    let at = |topic: &str| topics.iter().position(|t| t == topic);
-    ensure!(at("oom") < at("exit"), "order of events: {topics:?}");
+    crate::limits::killed_for_memory(&task)?;
     let units = scopes(&task);
     task.finish()?;
     if booted() {

@@ -30,6 +30,19 @@ crate::trials![
     c083_stats_without_a_cgroup,
 ];
 
+/// The forker is counted with the container (README).
+fn one_process(count: u64) -> Outcome {
+    ensure!((1..=2).contains(&count), "pids {count}");
+    Ok(())
+}
+
+/// Spends processor time in the container.
+fn works(task: &Task) -> Outcome {
+    let script = "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done";
+    Exec::sh(task, "e", script)?.run()?;
+    Ok(())
+}
+
 /// Every limit of a cgroup, by file: what an update must leave alone.
 fn limits(pid: u32) -> Result<BTreeMap<String, String>, Stop> {
     let files: &[(&str, &[&str])] = if is_v2() {
@@ -271,18 +284,8 @@ fn c081_stats_of_version_2() -> Outcome {
         first.memory.usage
     );
     ensure_eq!(first.memory.usage_limit, u64::MAX, "no limit");
-    // The forker is counted with the container (README).
-    ensure!(
-        (1..=2).contains(&first.pids.current),
-        "pids {}",
-        first.pids.current
-    );
-    Exec::sh(
-        &task,
-        "e",
-        "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done",
-    )?
-    .run()?;
+    one_process(first.pids.current)?;
+    works(&task)?;
     let second = MetricsV2::parse_from_bytes(&stats(&task)?.value)?;
     ensure!(
         second.cpu.usage_usec > first.cpu.usage_usec,
@@ -327,18 +330,8 @@ fn c082_stats_of_version_1() -> Outcome {
     ensure_eq!(memory.usage.limit, 128 << 20, "limit");
     ensure!(memory.total_pg_fault > 0, "no page fault");
     ensure_eq!(first.pids.limit, 55, "pids limit");
-    // The forker is counted with the container (README).
-    ensure!(
-        (1..=2).contains(&first.pids.current),
-        "pids {}",
-        first.pids.current
-    );
-    Exec::sh(
-        &task,
-        "e",
-        "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done",
-    )?
-    .run()?;
+    one_process(first.pids.current)?;
+    works(&task)?;
     let second = MetricsV1::parse_from_bytes(&stats(&task)?.value)?;
     ensure!(
         second.cpu.usage.total > total,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use casemate_tests::bundle::Task;
+use casemate_tests::pod::init;
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
@@ -14,7 +15,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 
 use crate::bootstrap::mount_options;
 use crate::common::{casemate_only, expect_text};
-use crate::locks::{ALL, all_refused, init, on_host};
+use crate::locks::{ALL, all_refused, on_host};
 use crate::userns::words;
 use crate::volumes::{Mounts, dir, shell, volume};
 

@@ -1,5 +1,6 @@
 //! The CRI client, and pods that take themselves away.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -137,7 +138,8 @@ impl Cri {
             cri: self,
             id: reply.pod_sandbox_id,
             config,
-            posture: true,
+            posture: handler != "runc",
+            stopped: Cell::new(false),
             gone: false,
         })
     }
@@ -161,8 +163,9 @@ pub struct Pod<'a> {
     pub id: String,
     pub config: PodSandboxConfig,
     /// [`Pod::remove`] fails if the pod isn't as its shim promised. For tests that
-    /// change it from outside: `false`.
+    /// change it from outside, or end its shim: `false`.
     pub posture: bool,
+    stopped: Cell<bool>,
     gone: bool,
 }
 
@@ -359,8 +362,16 @@ impl Pod<'_> {
         }
     }
 
-    /// Stops the pod with all in it.
+    /// Stops the pod with all in it, which must be as promised until then.
     pub fn stop(&self) -> casemate_tests::Result<()> {
+        if self.posture && !self.stopped.get() {
+            operator::expect_pod_as_promised(&self.id)?;
+        }
+        self.end()
+    }
+
+    fn end(&self) -> casemate_tests::Result<()> {
+        self.stopped.set(true);
         let request = StopPodSandboxRequest {
             pod_sandbox_id: self.id.clone(),
         };
@@ -370,7 +381,7 @@ impl Pod<'_> {
 
     fn take_away(&mut self) -> casemate_tests::Result<()> {
         self.gone = true;
-        self.stop()?;
+        self.end()?;
         let request = RemovePodSandboxRequest {
             pod_sandbox_id: self.id.clone(),
         };
@@ -383,7 +394,7 @@ impl Pod<'_> {
     /// Stops and removes the pod, which must be as promised until then; nothing of it
     /// may be left on the host.
     pub fn remove(mut self) -> Outcome {
-        if self.posture {
+        if self.posture && !self.stopped.get() {
             operator::expect_pod_as_promised(&self.id)?;
         }
         self.take_away()?;

@@ -192,12 +192,14 @@ pub fn holds(cri: &Cri, pod: &Pod<'_>, id: &str, port: u16) -> Outcome {
 
 fn guard_metadata_is_cut_off(cri: &Cri) -> Outcome {
     casemate_only()?;
-    let pod = cri.pod("metadata")?;
+    let mut pod = cri.pod("metadata")?;
     let id = pod.sleeper("app")?;
     let datagram = |to: &str| pod.exec(&id, &["/bin/probe", "udp", to]);
     ensure_eq!(datagram(&format!("{}:53", gateway(cri)))?.code, 0, "UDP");
     let ran = datagram(&format!("{METADATA}:53"))?;
     ensure!(ran.err.contains("not permitted"), "over UDP: {ran:?}");
+    // It takes the guard away.
+    pod.posture = false;
     holds(cri, &pod, &id, 8102)?;
     pod.remove()
 }
@@ -473,11 +475,12 @@ fn guard_has_a_second_lock(cri: &Cri) -> Outcome {
     }
     let gateway = gateway(cri);
     let list = format!("{gateway}:8160/tcp, loopback:none");
-    let pod = cri.pod_with(annotated(cri, "second", &[("egress", &list)]))?;
+    let mut pod = cri.pod_with(annotated(cri, "second", &[("egress", &list)]))?;
     let id = pod.sleeper("app")?;
     let _servers = [Server::start(cri, 8160)?, Server::start(cri, 8161)?];
     reached(&pod, &id, &gateway, 8160)?;
     let pid = pod.pid(&id)?.to_string();
+    pod.posture = false;
     let mut remove = Command::new(world::probe()?);
     remove.args(["enter", "net", &pid, "unguard"]);
     run(&mut remove, &[], Duration::from_secs(10))?.ok()?;

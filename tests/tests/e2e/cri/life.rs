@@ -161,9 +161,9 @@ fn restart_in_a_living_pod(cri: &Cri) -> Outcome {
 fn init_container_then_app(cri: &Cri) -> Outcome {
     let dir = directory(cri, "init")?;
     let pod = cri.pod("init")?;
-    let volume = |c: &mut ContainerConfig| c.mounts.push(mount(&dir, "/work"));
-    pod.sh("init", "echo prepared > /work/file", volume)?;
-    let read = pod.sh("app", "cat /work/file", volume)?;
+    let volume = |c: &mut ContainerConfig| c.mounts.push(mount(&dir, "/data"));
+    pod.sh("init", "echo prepared > /data/file", volume)?;
+    let read = pod.sh("app", "cat /data/file", volume)?;
     ensure_eq!(read, "prepared\n", "what the init container left");
     let owner = fs::metadata(dir.join("file"))?;
     ensure_eq!((owner.uid(), owner.gid()), (0, 0), "owner on the host");

@@ -3,13 +3,11 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
-use casemate_tests::ctr::Ctr;
+use casemate_tests::ctr::{Ctr, Detached};
 use casemate_tests::generation::Generation;
 use casemate_tests::image::catalog;
-use casemate_tests::operator;
 use casemate_tests::run::{Output, until};
 use casemate_tests::skip::{Outcome, Stop, fail};
 use casemate_tests::{ensure, ensure_eq, leaks, procs, world};
@@ -52,71 +50,20 @@ fn run(cri: &Cri, name: &str, args: &[&str]) -> Result<(String, Output), Stop> {
 }
 
 /// A task that runs until it is removed.
-struct Task {
-    ctr: Ctr,
-    id: String,
-}
-
-impl Task {
-    fn new(cri: &Cri, name: &str, args: &[&str]) -> Result<Self, Stop> {
-        let task = Self {
-            ctr: ctr(cri),
-            id: cri.world.id(name),
-        };
-        let mut all = vec!["run", "-d", "--runtime", cri.world.runtime()];
-        all.extend([catalog::BASE, &task.id]);
-        all.extend(args);
-        // Output goes nowhere: with -d, ctr's own fifos end with it.
-        let status = task
-            .ctr
-            .command(&all)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()?;
-        ensure!(status.success(), "ctr run -d: {status}");
-        Ok(task)
-    }
-
-    fn task(&self, args: &[&str]) -> casemate_tests::Result<Output> {
-        let mut all = vec!["task"];
-        all.extend(args);
-        self.ctr.run(&all, LONG)
-    }
-
-    /// Its line of `ctr task ls`: id, pid, state.
-    fn line(&self) -> Result<Vec<String>, Stop> {
-        let text = self.task(&["ls"])?.ok()?.out();
-        let line = text.lines().find(|l| l.starts_with(&self.id));
-        Ok(line
-            .unwrap_or_default()
-            .split_whitespace()
-            .map(str::to_owned)
-            .collect())
-    }
-
-    fn remove(self) -> Outcome {
-        operator::expect_pod_as_promised(&self.id)?;
-        let _ = self.task(&["kill", "-s", "SIGKILL", &self.id])?;
-        until("the task to stop", LONG, || {
-            self.line()
-                .is_ok_and(|l| l.last().is_none_or(|s| s == "STOPPED"))
-        })?;
-        self.task(&["delete", &self.id])?;
-        self.ctr
-            .run(&["container", "delete", &self.id], LONG)?
-            .ok()?;
-        expect_clean(&self.id)
-    }
+fn detached(cri: &Cri, name: &str, args: &[&str]) -> Result<Detached, Stop> {
+    let (runtime, id) = (cri.world.runtime(), cri.world.id(name));
+    Ok(Detached::start(
+        &ctr(cri),
+        runtime,
+        &[],
+        catalog::BASE,
+        &id,
+        args,
+    )?)
 }
 
 fn expect_clean(id: &str) -> Outcome {
-    let _ = until("a clean host", Duration::from_secs(5), || {
-        leaks::with_mark(id).is_empty()
-    });
-    let left = leaks::with_mark(id);
-    ensure!(left.is_empty(), "left behind: {}", left.join("; "));
-    Ok(())
+    Ok(leaks::expect_none(id, Duration::from_secs(5))?)
 }
 
 fn c001(cri: &Cri) -> Outcome {
@@ -168,7 +115,7 @@ fn c041(cri: &Cri) -> Outcome {
 }
 
 fn c057(cri: &Cri) -> Outcome {
-    let task = Task::new(cri, "c057", &["/bin/probe", "sleep"])?;
+    let task = detached(cri, "c057", &["/bin/probe", "sleep"])?;
     let exec = |args: &[&str]| {
         let mut all = vec!["exec", "--exec-id", "x", &task.id];
         all.extend(args);
@@ -180,12 +127,12 @@ fn c057(cri: &Cri) -> Outcome {
     let output = exec(&["/no/such/program"])?;
     ensure!(output.code() != 0, "a missing program ran");
     ensure_eq!(exec(&["/bin/true"])?.code(), 0, "the same id again");
-    task.remove()
+    Ok(task.remove()?)
 }
 
 fn c073(cri: &Cri) -> Outcome {
     let script = "for n in 1 2 3 4 5; do sleep 1000 & done; exec /bin/probe sleep";
-    let task = Task::new(cri, "c073", &["/bin/sh", "-c", script])?;
+    let task = detached(cri, "c073", &["/bin/sh", "-c", script])?;
     let pids = || -> Result<usize, Stop> {
         let text = task.task(&["ps", &task.id])?.ok()?.out();
         Ok(text.lines().skip(1).count())
@@ -197,11 +144,11 @@ fn c073(cri: &Cri) -> Outcome {
         task.line()
             .is_ok_and(|l| l.last().is_some_and(|s| s == "STOPPED"))
     })?;
-    task.remove()
+    Ok(task.remove()?)
 }
 
 fn c077(cri: &Cri) -> Outcome {
-    let task = Task::new(cri, "c077", &["/bin/probe", "sleep"])?;
+    let task = detached(cri, "c077", &["/bin/probe", "sleep"])?;
     task.task(&["pause", &task.id])?.ok()?;
     ensure_eq!(
         task.line()?.last().map(String::as_str),
@@ -214,7 +161,7 @@ fn c077(cri: &Cri) -> Outcome {
         Some("RUNNING"),
         "state"
     );
-    task.remove()
+    Ok(task.remove()?)
 }
 
 fn c095(cri: &Cri) -> Outcome {

@@ -150,7 +150,9 @@ fn c140_chosen_users(cri: &Cri) -> Outcome {
 }
 
 fn c140_killed_shim(cri: &Cri) -> Outcome {
-    let pod = made(cri, "killed")?;
+    let mut pod = made(cri, "killed")?;
+    // Nobody is left who promises anything.
+    pod.posture = false;
     pod.sleeper("app")?;
     let agent = sandbox_pid(&pod)?;
     let shims = procs::with_command(&pod.id);

@@ -129,10 +129,12 @@ fn volume(cri: &Cri) -> Outcome {
 /// The network belongs to a user namespace of its own, in which nobody is.
 fn guarded(cri: &Cri) -> Outcome {
     let first = range(cri, "guard");
-    let pod = pod(cri, "user-guard", first)?;
+    let mut pod = pod(cri, "user-guard", first)?;
     let mut config = container("app", &["/bin/probe", "sleep"]);
     of(first)(&mut config);
     let id = pod.run(config)?;
+    // It takes the guard away.
+    pod.posture = false;
     guard::holds(cri, &pod, &id, 8101)?;
     pod.remove()
 }

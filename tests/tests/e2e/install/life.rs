@@ -122,6 +122,7 @@ fn exec(node: &Node, id: &str) -> Outcome {
 }
 
 fn end(node: &Node, id: &str) -> Outcome {
+    casemate_tests::operator::expect_pod_as_promised(id)?;
     let ctr = node.ctr();
     ctr.run(&["task", "kill", "-s", "SIGKILL", id], LIMIT)?
         .ok()?;
