@@ -209,17 +209,16 @@ impl Learner {
             name: spec.effective.profile_name.clone(),
             hash: Hash::of(base).to_string(),
         };
+        let copies: io::Result<_> = listeners.iter().map(OwnedFd::try_clone).collect();
+        let copies = copies.step("copy", "listeners")?;
+        // From here on nothing fails: what has begun must end.
         let ear = Ear {
             line: line.clone(),
             number: learned.begin(id, name, base),
             learned: learned.clone(),
             records: pod.records.clone(),
             id: id.to_owned(),
-            listeners: listeners
-                .iter()
-                .map(OwnedFd::try_clone)
-                .collect::<io::Result<_>>()
-                .step("copy", "listeners")?,
+            listeners: copies,
         };
         tokio::spawn(ear.listen(channel));
         for listener in listeners {
