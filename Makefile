@@ -9,12 +9,14 @@
 #   make compatibility docs/compatibility.md: real programs under each profile, measured
 #   make learned         servers under profiles that their own load made: docs/learning.md's table with WRITE=1
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd, SELinux or no nf_tables
+#   make kube-test       runtimeclass/ on a real API server; the first time it is built, a quarter of an hour
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
 #   make docs            what the pages tell to type, and their links, tried
 #   make docs-tables     the pages of docs/ that are made of tables in the code
 #   make probes          docs/security-probes.md: what attackers try, here and under runc
 #   make bench           times and memory beside runc, crun, runsc
+#   make image           the installer's image as an OCI layout in dist/image
 #   make dist            release binaries, checksums and component list in dist/
 
 ARCH    := $(shell uname -m)
@@ -26,13 +28,13 @@ BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
 VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux bookworm:bare sid sid:systemd sid:selinux sid:bare
 
-.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility learned vm-test docs docs-tables probes run bench dist clean
+.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility learned kube kube-test vm-test docs docs-tables probes run bench image dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 build:
-	$(CARGO) build --release --locked --workspace --bins
+	$(CARGO) build --release --locked --workspace --bins --features casemate/kubernetes
 
 # The profile that tests use: as release in behaviour, built in a fraction of
 # the time.
@@ -97,6 +99,20 @@ docs: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
 	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- pages_
 
+# Without the build trials that need the server are skipped.
+# The feature kubernetes needs some seventy crates more: its lints aren't in `make check`.
+kube-test: quick
+	@scripts/apiserver.sh
+	$(CARGO) clippy --profile quick --locked -p casemate --features kubernetes -- -D warnings
+	$(MAKE) kube
+
+# casemate as `make dist` has it, where the server is there to ask.
+kube: quick
+	@[ ! -x target/kube/kube-apiserver ] || \
+	  $(CARGO) build --profile quick --locked -p casemate --features kubernetes
+	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
+	  $(CARGO) test --profile quick --locked -p casemate-tests --test kube -- $(T)
+
 docs-tables:
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-spec --test documents
 	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate --bins
@@ -115,7 +131,11 @@ run:
 bench: build
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/release) \
 	  LD_LIBRARY_PATH=$(CURDIR)/target/peers/root/usr/lib/$(ARCH)-linux-gnu \
-	  $(CARGO) run --release --locked -p casemate-tests --bin bench -- $(ARGS)
+	  $(CARGO) run --release --locked -p casemate-tests --bin bench -- --overhead runtimeclass/overhead.json $(ARGS)
+
+# The installer's image, without a Docker daemon: SOURCE_DATE_EPOCH is that of its files.
+image: build
+	$(TARGET)/release/testbed image --from $(TARGET)/release --output dist/image
 
 dist: build
 	rm -rf dist && mkdir -p dist

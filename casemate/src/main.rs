@@ -75,7 +75,11 @@ enum Command {
     Uninstall(Box<install::Uninstall>),
     /// What the proof of an installation runs inside of a sandbox
     #[command(hide = true)]
-    InsideProof,
+    InsideProof {
+        /// Be there to be looked at, until killed
+        #[arg(long)]
+        wait: bool,
+    },
     /// Print what a pod's network guard has let through and refused
     #[command(after_help = network::EXAMPLES)]
     Network(network::Network),
@@ -169,7 +173,7 @@ fn main() {
         Command::Why(options) => (why::run(&options), OWN_FAILURE),
         Command::Install(options) => (install::install(&options), 1),
         Command::Uninstall(options) => (install::uninstall(&options), 1),
-        Command::InsideProof => (Ok(install::inside()), OWN_FAILURE),
+        Command::InsideProof { wait } => (Ok(install::inside(wait)), OWN_FAILURE),
         Command::Doctor(options) => (doctor::run(&options), OWN_FAILURE),
     };
     // Not by returning: a thread may still be reading our standard input.

@@ -19,6 +19,8 @@ pub mod image;
 pub mod inject;
 pub mod leaks;
 pub mod ledger;
+#[cfg(test)]
+mod manifests;
 pub mod node;
 pub mod operator;
 pub mod pages;

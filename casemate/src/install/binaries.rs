@@ -84,19 +84,22 @@ impl Payload {
         Ok(plan)
     }
 
-    /// Copies the programs and has the links lead to them; the links outside.
+    /// Copies the programs and has the links lead to them; the links outside. `by_path`:
+    /// this containerd finds shims by their path.
     pub fn put(
         &self,
         layout: &Layout,
+        by_path: bool,
         journal: &mut Journal,
         notes: &mut Vec<String>,
     ) -> Result<Vec<PathBuf>, RunError> {
-        journal.directory(&layout.prefix)?;
-        tidy(&layout.prefix)?;
+        let made = journal.directory(&layout.prefix);
+        made.and_then(|()| tidy(&layout.prefix))
+            .map_err(elsewhere)?;
         let dir = self.directory(layout);
         if !dir.is_dir() {
             journal.version(&dir)?;
-            self.copy(&dir, layout)?;
+            self.copy(&dir, layout).map_err(elsewhere)?;
         }
         self.runs(&dir)?;
         if files::target(&layout.current())?.as_deref() != Some(Path::new(&self.name)) {
@@ -109,10 +112,16 @@ impl Payload {
                     .directory(&layout.links)
                     .and_then(|()| journal.link(&path, &target));
                 match linked {
-                    // As where /usr is part of an image. CRI needs no link.
-                    Err(error) if error.is(ErrorKind::ReadOnlyFilesystem) => {
+                    // As where /usr is part of an image. CRI needs no link, since 1.7.
+                    Err(error) if by_path && error.is(ErrorKind::ReadOnlyFilesystem) => {
                         notes.push(format!("no link: {error}; ctr finds no shim by name"));
                         break;
+                    }
+                    Err(error) if error.is(ErrorKind::ReadOnlyFilesystem) => {
+                        return Err(RunError::Refused(format!(
+                            "{error}; containerd 1.6 finds shims in its own PATH alone: --links \
+                             names another directory of it"
+                        )));
                     }
                     other => other?,
                 }
@@ -173,6 +182,14 @@ impl Payload {
             shim.display(),
             dir.display()
         )))
+    }
+}
+
+/// Names the way out where programs can't be written.
+fn elsewhere(error: RunError) -> RunError {
+    match error.is(ErrorKind::ReadOnlyFilesystem) {
+        true => RunError::Refused(format!("{error}; --prefix names another place")),
+        false => error,
     }
 }
 

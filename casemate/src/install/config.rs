@@ -23,11 +23,16 @@ pub fn handler(release: (u32, u32), class: Class, shim: &Path) -> Handler {
         // refuse recursively read-only volumes to any other.
         kind: match release {
             (2, 0..=2) => "io.containerd.runc.v2".to_owned(),
-            _ => format!("io.containerd.casemate{}.v2", class.suffix()),
+            _ => kind(class),
         },
         path: shim.display().to_string(),
         annotations: vec![ANNOTATIONS.to_owned()],
     }
+}
+
+/// The runtime's name, of which containerd makes that of the program.
+pub fn kind(class: Class) -> String {
+    format!("io.containerd.casemate{}.v2", class.suffix())
 }
 
 /// A configuration file.

@@ -77,6 +77,12 @@ pub struct CreateContainer {
     pub container: Option<Container>,
 }
 
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Containers {
+    #[prost(message, repeated, tag = "1")]
+    pub containers: Vec<Container>,
+}
+
 /// `types.Mount`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Mount {

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,9 @@ pub struct Record {
     /// were classes, that one alone.
     #[serde(default)]
     pub handlers: Vec<String>,
+    /// The node's name in Kubernetes, if it was labelled.
+    #[serde(default)]
+    pub node: Option<String>,
     /// What was added to `imports`, if it was.
     pub import: Option<String>,
     /// Links to the programs.
@@ -69,6 +73,9 @@ pub struct Original {
     pub owner: Owner,
 }
 
+/// How long processes that end may take to.
+const ENDING: Duration = Duration::from_secs(5);
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "what", rename_all = "snake_case")]
 enum Undo {
@@ -99,8 +106,9 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Locks the node and undoes what an interrupted run left; whether it did.
-    pub fn open(state: &Path) -> Result<(Self, bool), RunError> {
+    /// Locks the node and undoes what an interrupted run left; whether it did. `first` is
+    /// done before that, if there is something to undo.
+    pub fn open(state: &Path, first: impl FnOnce()) -> Result<(Self, bool), RunError> {
         let mut made = Vec::new();
         let locked = make_all(state, &mut made).and_then(|()| lock(&state.join(LOCK)));
         let lock = match locked {
@@ -120,6 +128,7 @@ impl Journal {
             return Ok((journal, false));
         };
         journal.undo = parse(&state.join(UNDO), &bytes)?;
+        first();
         journal.undo()?;
         Ok((journal, true))
     }
@@ -321,6 +330,10 @@ impl Journal {
             }
             Undo::Link { path, target } => {
                 files::unfinished(path);
+                // As it may be where nothing could be written.
+                if files::target(path).is_ok_and(|now| now == *target) {
+                    return Ok(());
+                }
                 match target {
                     Some(target) => files::link(path, target),
                     None => files::remove(path),
@@ -332,7 +345,11 @@ impl Journal {
                 Ok(())
             }
             Undo::Version { path } => {
-                binaries::remove(path)?;
+                // A sandbox of a proof that was cut short may be on its way out.
+                let until = Instant::now() + ENDING;
+                while !binaries::remove(path)? && Instant::now() < until {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
                 path.parent().map_or(Ok(()), binaries::tidy)
             }
         }

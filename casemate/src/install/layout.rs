@@ -25,6 +25,8 @@ pub struct Layout {
     pub address: PathBuf,
     /// systemd's unit.
     pub unit: String,
+    /// The machine's id (machine-id(5)).
+    pub machine: PathBuf,
     /// The runtime handler's name; those of classes begin with it.
     pub handler: String,
 }
@@ -135,6 +137,7 @@ impl Layout {
             config,
             address: or(&node.address, address)?,
             unit: unit.to_owned(),
+            machine: below("/etc/machine-id"),
             handler: node.handler.clone(),
         })
     }

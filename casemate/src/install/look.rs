@@ -41,6 +41,11 @@ impl Seen {
             })
     }
 
+    /// Whether this containerd's CRI finds a shim by its path; 1.6 does by its name alone.
+    pub fn by_path(&self, options: &Install) -> bool {
+        options.binaries_only || self.release.number >= (1, 7)
+    }
+
     /// For messages.
     pub fn names(&self) -> String {
         let names: Vec<&str> = self.want.keys().map(String::as_str).collect();

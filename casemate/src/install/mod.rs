@@ -6,6 +6,7 @@
 //! command puts back what an interrupted one left.
 
 mod binaries;
+mod cluster;
 mod config;
 mod containerd;
 mod effective;
@@ -13,6 +14,11 @@ mod facts;
 pub mod files;
 mod grpc;
 mod journal;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
+#[cfg(not(feature = "kubernetes"))]
+#[path = "no_kubernetes.rs"]
+mod kubernetes;
 mod layout;
 mod look;
 mod proof;
@@ -23,6 +29,8 @@ mod uninstall;
 use std::path::PathBuf;
 
 use clap::Args;
+
+use cluster::Cluster;
 
 pub use binaries::SHIM;
 pub use containerd::bounded;
@@ -42,6 +50,8 @@ Examples:
   casemate install --binaries-only        for ctr and nerdctl: no configuration
   casemate install --restart-command 'rc-service containerd restart'
   casemate install --host-root /host      from a container with the node's root
+  casemate install --node worker-1        also label the node, with the pod's account;
+                                          or --kubeconfig FILE
 
 Programs go to /opt/casemate/VERSION; /opt/casemate/current leads to the newest.
 Run it again to upgrade: pods go on with the version that they have. Whatever
@@ -55,7 +65,8 @@ Examples:
   casemate uninstall --force              running pods keep the programs they need;
                                           run it again to remove those
 
-Needs no Kubernetes API. Exit status: 0 done or nothing to do, 1 failed or refused.";
+Labels of the node, as install --node has set them, go if Kubernetes can be asked;
+casemate goes all the same. Exit status: 0 done or nothing to do, 1 failed or refused.";
 
 /// Where things are on the node.
 #[derive(Debug, Args)]
@@ -116,6 +127,8 @@ pub struct Install {
     #[command(flatten)]
     node: Node,
     #[command(flatten)]
+    cluster: Cluster,
+    #[command(flatten)]
     restarting: Restarting,
     /// Say what would be done, and do nothing
     #[arg(long)]
@@ -124,14 +137,14 @@ pub struct Install {
     #[arg(long, value_name = "DIR")]
     from: Option<PathBuf>,
     /// The programs alone: containerd's configuration stays as it is
-    #[arg(long)]
+    #[arg(long, conflicts_with = "name")]
     binaries_only: bool,
     /// Offer the class compat too, HANDLER-compat: its pods have the profile compat,
     /// whatever the node's configuration says of others
     #[arg(long)]
     compat: bool,
     /// Don't run a container to see that it can
-    #[arg(long)]
+    #[arg(long, conflicts_with = "name")]
     no_proof: bool,
 }
 
@@ -140,6 +153,8 @@ pub struct Install {
 pub struct Uninstall {
     #[command(flatten)]
     node: Node,
+    #[command(flatten)]
+    cluster: Cluster,
     #[command(flatten)]
     restarting: Restarting,
     /// Say what would be done, and do nothing

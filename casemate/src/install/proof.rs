@@ -9,18 +9,22 @@ use serde_json::Value;
 use tonic::{Code, Status};
 
 use super::binaries;
+use super::config;
 use super::effective::{Handler, Handlers};
 use super::grpc::{
-    Any, Client, Container, CreateContainer, CreateTask, Empty, KillTask, Mount, Named, OfTask,
-    Runtime, StatusRequest, StatusResponse, VersionResponse, WaitResponse,
+    Any, Client, Container, Containers, CreateContainer, CreateTask, Empty, KillTask, Mount, Named,
+    OfTask, Runtime, StatusRequest, StatusResponse, VersionResponse, WaitResponse,
 };
 use super::layout::Layout;
 use crate::Run;
 use crate::bundle;
 use crate::error::{RunError, one_line};
+use crate::operator::{self, Operator};
 
 /// containerd's namespace of the proof.
 const NAMESPACE: &str = "casemate-proof";
+/// Begins the id of a container of it.
+const ID: &str = "casemate-proof-";
 /// Of the specification of a container (containerd's typeurl).
 const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 const SOON: Duration = Duration::from_secs(20);
@@ -110,7 +114,11 @@ pub fn wait(
 }
 
 /// Runs a container of that class on the installed shim: it looks at its own locks.
-pub fn container(layout: &Layout, class: Class) -> Result<(), RunError> {
+/// Then another one, which is looked at from outside, as `casemate posture` does.
+///
+/// `by_path`: containerd is told the shim's path, else its name, as its CRI does: then it
+/// is found in the daemon's own PATH, or not. What was promised and can't be seen here.
+pub fn container(layout: &Layout, class: Class, by_path: bool) -> Result<Vec<String>, RunError> {
     let mut client = Client::new(&layout.address, NAMESPACE)?;
     let version: Result<VersionResponse, Status> = client.call(
         "/containerd.services.version.v1.Version/Version",
@@ -118,16 +126,46 @@ pub fn container(layout: &Layout, class: Class) -> Result<(), RunError> {
         SOON,
     );
     version.map_err(wrong("ask containerd for its version"))?;
-    let id = format!("casemate-proof-{}", std::process::id());
-    let ran = run(&mut client, layout, class, &id);
+    let id = format!("{ID}{}", std::process::id());
+    let runtime = match by_path {
+        true => layout.shim(class).display().to_string(),
+        false => config::kind(class),
+    };
+    let ran = run(&mut client, layout, &runtime, &id, &[]).and_then(|()| ended(&mut client, &id));
     clean(&mut client, &id);
-    match ran? {
-        0 => Ok(()),
-        status => Err(RunError::Refused(format!(
+    let status = ran?;
+    if status != 0 {
+        return Err(RunError::Refused(format!(
             "prove: the container of the proof says: {}",
             verdict(status)
+        )));
+    }
+    let id = format!("{id}-posture");
+    let seen = run(&mut client, layout, &runtime, &id, &["--wait"]).and_then(|()| posture(&id));
+    clean(&mut client, &id);
+    let seen = seen?;
+    match seen.deviations.as_slice() {
+        [] => Ok(seen.unseen),
+        [first, more @ ..] => Err(RunError::Refused(format!(
+            "prove: the container of the proof isn't held as promised: {first} (and {} more)",
+            more.len()
         ))),
     }
+}
+
+/// What of a living pod isn't as its shim has promised.
+fn posture(id: &str) -> Result<casemate_posture::Findings, RunError> {
+    let pod = operator::find(id)?;
+    let said = operator::block_on(async { Operator::connect(&pod).await?.promise().await })?;
+    let promise: casemate_posture::Promise =
+        serde_json::from_value(said).map_err(|error| RunError::Shim {
+            step: "Promise",
+            reason: one_line(&error.to_string()),
+        })?;
+    Ok(casemate_posture::compare(
+        &promise,
+        casemate_posture::Depth::Whole,
+    ))
 }
 
 fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
@@ -137,18 +175,28 @@ fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
     }
 }
 
-fn run(client: &mut Client, layout: &Layout, class: Class, id: &str) -> Result<u32, RunError> {
+/// Makes and starts it.
+fn run(
+    client: &mut Client,
+    layout: &Layout,
+    runtime: &str,
+    id: &str,
+    more: &[&str],
+) -> Result<(), RunError> {
     let options = Run {
         rootfs: None,
         writable: false,
         terminal: false,
-        command: vec!["/bin/casemate".to_owned(), "inside-proof".to_owned()],
+        command: ["/bin/casemate", "inside-proof"]
+            .iter()
+            .chain(more)
+            .map(|word| (*word).to_owned())
+            .collect(),
     };
     let container = Container {
         id: id.to_owned(),
-        // A program's path is as good as a name, for every release.
         runtime: Some(Runtime {
-            name: layout.shim(class).display().to_string(),
+            name: runtime.to_owned(),
         }),
         spec: Some(Any {
             type_url: SPEC.to_owned(),
@@ -171,17 +219,27 @@ fn run(client: &mut Client, layout: &Layout, class: Class, id: &str) -> Result<u
     };
     client
         .call::<_, Empty>("/containerd.services.tasks.v1.Tasks/Create", request, SOON)
-        .map_err(wrong("prove: make a sandbox"))?;
+        .map_err(|status| match status.message().contains("not installed") {
+            true => RunError::Refused(format!(
+                "prove: make a sandbox: {}; containerd 1.6 finds shims in its own PATH alone: \
+                 --links names a directory of it",
+                one_line(status.message())
+            )),
+            false => wrong("prove: make a sandbox")(status),
+        })?;
     let of = OfTask {
         container_id: id.to_owned(),
     };
     client
-        .call::<_, Empty>(
-            "/containerd.services.tasks.v1.Tasks/Start",
-            of.clone(),
-            SOON,
-        )
-        .map_err(wrong("prove: start a container"))?;
+        .call::<_, Empty>("/containerd.services.tasks.v1.Tasks/Start", of, SOON)
+        .map(drop)
+        .map_err(wrong("prove: start a container"))
+}
+
+fn ended(client: &mut Client, id: &str) -> Result<u32, RunError> {
+    let of = OfTask {
+        container_id: id.to_owned(),
+    };
     client
         .call::<_, WaitResponse>("/containerd.services.tasks.v1.Tasks/Wait", of, SOON)
         .map(|answer| answer.exit_status)
@@ -194,6 +252,36 @@ fn root(dir: &Path) -> Mount {
         source: dir.display().to_string(),
         options: vec!["rbind".to_owned(), "ro".to_owned()],
         ..Mount::default()
+    }
+}
+
+/// Takes away what the proof of a run that was cut short has left: a sandbox of it would
+/// hold on to its programs.
+pub fn tidy(layout: &Layout) {
+    let Ok(mut client) = Client::new(&layout.address, NAMESPACE) else {
+        return;
+    };
+    let is_of_a_proof = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(ID)
+    };
+    // One may still be on its way to a sandbox when its installer is gone.
+    let until = Instant::now() + SOON;
+    loop {
+        let path = "/containerd.services.containers.v1.Containers/List";
+        let Ok(left) = client.call::<_, Containers>(path, Empty {}, SOON) else {
+            return;
+        };
+        for container in &left.containers {
+            clean(&mut client, &container.id);
+        }
+        let runs = binaries::sandboxes(&layout.prefix)
+            .iter()
+            .any(is_of_a_proof);
+        if (left.containers.is_empty() && !runs) || Instant::now() > until {
+            return;
+        }
+        std::thread::sleep(POLL);
     }
 }
 
@@ -253,7 +341,10 @@ fn verdict(status: u32) -> String {
 }
 
 /// What runs in the container: a look at its own locks, told by the exit status.
-pub fn inside() -> i32 {
+pub fn inside(wait: bool) -> i32 {
+    if wait {
+        std::thread::sleep(SOON);
+    }
     let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     look(&map, &status)

@@ -7,10 +7,12 @@ use casemate_spec::Class;
 
 use super::Install;
 use super::binaries::{self, Payload};
+use super::cluster::Labelling;
 use super::containerd;
 use super::effective::Effective;
 use super::files::{self, Owner};
 use super::journal::{self, Changed, Journal, Record};
+use super::kubernetes::Kubernetes;
 use super::layout::{ConfigFile, Layout};
 use super::look::{self, Seen, accept, classes, look, paths};
 use super::proof::{self, Loaded};
@@ -24,11 +26,29 @@ pub fn say(stage: &str, text: impl std::fmt::Display) {
 /// Runs the command.
 pub fn install(options: &Install) -> Result<i32, RunError> {
     let payload = Payload::find(options.from.as_deref())?;
+    // Before the node's root is entered: the account's files are here.
+    let kubernetes = match options.cluster.name() {
+        Some(name) => Some(
+            Kubernetes::open(options.cluster.kubeconfig())
+                .map_err(|error| RunError::Refused(format!("check --node {name}: {error}")))?,
+        ),
+        None => None,
+    };
     let layout = Layout::new(&options.node)?;
+    let mut labelling = match (kubernetes, options.cluster.name()) {
+        (Some(kubernetes), Some(name)) => {
+            Some(Labelling::check(kubernetes, name, &layout.machine)?)
+        }
+        _ => None,
+    };
     if options.dry_run {
-        return dry_run(options, &layout, &payload).map(|()| 0);
+        dry_run(options, &layout, &payload)?;
+        if let Some(name) = options.cluster.name() {
+            say("label", format!("would label node {name}"));
+        }
+        return Ok(0);
     }
-    let (mut journal, undone) = Journal::open(&layout.state)?;
+    let (mut journal, undone) = Journal::open(&layout.state, || proof::tidy(&layout))?;
     if undone {
         say(
             "check",
@@ -39,26 +59,39 @@ pub fn install(options: &Install) -> Result<i32, RunError> {
         options,
         layout: &layout,
         payload: &payload,
+        labelling: labelling.as_mut(),
         restarted: false,
     };
-    match run.all(&mut journal) {
-        Ok(()) => {
-            clean(&layout, &payload.name);
-            Ok(0)
+    let proven = match run.all(&mut journal) {
+        Ok(proven) => proven,
+        Err(error) => return Err(run.back(journal, error)),
+    };
+    clean(&layout, &payload.name);
+    if let Some(labelling) = labelling {
+        if proven {
+            let limit = Duration::from_secs(options.restarting.timeout);
+            labelling.ready(options.compat, &payload.name, limit)?;
+        } else {
+            say(
+                "label",
+                "left as it is: nothing is proven yet; run this again",
+            );
         }
-        Err(error) => Err(run.back(journal, error)),
     }
+    Ok(0)
 }
 
 struct Installation<'a> {
     options: &'a Install,
     layout: &'a Layout,
     payload: &'a Payload,
+    labelling: Option<&'a mut Labelling>,
     restarted: bool,
 }
 
 impl Installation<'_> {
-    fn all(&mut self, journal: &mut Journal) -> Result<(), RunError> {
+    /// Whether it was proven, too.
+    fn all(&mut self, journal: &mut Journal) -> Result<bool, RunError> {
         let record = journal.record()?.unwrap_or_default();
         let seen = look(self.options, self.layout, &record)?;
         say("check", checked(self.layout, &seen));
@@ -68,8 +101,24 @@ impl Installation<'_> {
             ..record
         };
         let planned = self.payload.plan(self.layout)?;
+        if let Some(labelling) = &mut self.labelling {
+            if !planned.is_empty() || seen.plan.is_some() {
+                labelling.claim()?;
+            }
+            let now = self.options.cluster.name().map(str::to_owned);
+            if let Some(other) = record.node.filter(|other| Some(other) != now.as_ref()) {
+                say(
+                    "label",
+                    format!("this machine was node {other} before: kubectl delete node {other}"),
+                );
+            }
+            record.node = now;
+        }
         let mut notes = Vec::new();
-        record.links = self.payload.put(self.layout, journal, &mut notes)?;
+        let by_path = seen.by_path(self.options);
+        record.links = self
+            .payload
+            .put(self.layout, by_path, journal, &mut notes)?;
         let dir = self.payload.directory(self.layout);
         say(
             "binaries",
@@ -87,9 +136,13 @@ impl Installation<'_> {
             self.configure(journal, &seen, &mut record)?;
             self.restart(&seen)?;
         }
-        self.prove()?;
+        let proven = self.prove(by_path).map_err(|error| match &self.labelling {
+            Some(labelling) => labelling.unproven(error),
+            None => error,
+        })?;
         record.directories.extend(journal.made().iter().cloned());
-        journal.commit(&record)
+        journal.commit(&record)?;
+        Ok(proven)
     }
 
     fn configure(
@@ -201,34 +254,45 @@ impl Installation<'_> {
         }
     }
 
-    fn prove(&self) -> Result<(), RunError> {
+    fn prove(&self, by_path: bool) -> Result<bool, RunError> {
         if self.options.no_proof {
             say("proof", "left out, as asked");
-            return Ok(());
+            return Ok(false);
         }
         if let Loaded::Down(why) = proof::loaded(self.layout) {
             if self.options.restarting.no_restart || self.options.binaries_only {
                 say("proof", format!("left out: {why}"));
-                return Ok(());
+                return Ok(false);
             }
             return Err(RunError::Refused(format!("prove: {why}")));
         }
         for class in classes(self.options) {
-            proof::container(self.layout, class)?;
+            let unseen = proof::container(self.layout, class, by_path)?;
             let of = match class {
                 Class::Node => String::new(),
                 class => format!(" of class {}", class.name()),
             };
             say(
                 "proof",
-                format!("a container{of} ran in its sandbox, behind its locks"),
+                format!("a container{of} ran in its sandbox, and is held as promised"),
             );
+            for what in unseen {
+                say("proof", format!("can't be seen on this node: {what}"));
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Puts the node back; the error to tell.
     fn back(&self, journal: Journal, error: RunError) -> RunError {
+        let error = self.files_back(journal, error);
+        match self.labelling.as_ref().and_then(|l| l.back()) {
+            Some(more) => RunError::Refused(format!("{error}{more}")),
+            None => error,
+        }
+    }
+
+    fn files_back(&self, journal: Journal, error: RunError) -> RunError {
         if let Err(second) = journal.back() {
             return RunError::Refused(format!(
                 "{error}; and the node can't be put back: {second}; mend that, then run casemate \

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use super::Uninstall;
 use super::binaries;
+use super::cluster::Unlabelling;
 use super::config::{self, Config};
 use super::containerd;
 use super::effective::{Effective, Handler};
 use super::files;
 use super::journal::{self, Changed, Journal, Record};
+use super::kubernetes::Kubernetes;
 use super::layout::{ConfigFile, Layout};
 use super::proof::{self, Loaded};
 use super::stages::say;
@@ -18,10 +20,15 @@ use crate::error::RunError;
 
 /// Runs the command.
 pub fn uninstall(options: &Uninstall) -> Result<i32, RunError> {
+    // Before the node's root is entered: the account's files are here.
+    let kubernetes = Kubernetes::open(options.cluster.kubeconfig());
     let layout = Layout::new(&options.node)?;
     if !layout.state.exists() {
         if !options.dry_run {
             journal::vestige(&layout.state);
+            // Stale ones, of a node that was set up anew.
+            let cluster = &options.cluster;
+            let _gone = Unlabelling::new(cluster, kubernetes, None, &layout.machine);
         }
         say("check", "casemate isn't installed here");
         return Ok(0);
@@ -29,7 +36,7 @@ pub fn uninstall(options: &Uninstall) -> Result<i32, RunError> {
     if options.dry_run {
         return dry_run(options, &layout).map(|()| 0);
     }
-    let (mut journal, undone) = Journal::open(&layout.state)?;
+    let (mut journal, undone) = Journal::open(&layout.state, || proof::tidy(&layout))?;
     if undone {
         say(
             "check",
@@ -37,14 +44,24 @@ pub fn uninstall(options: &Uninstall) -> Result<i32, RunError> {
         );
     }
     let Some(record) = journal.record()? else {
+        let cluster = &options.cluster;
+        let _gone = Unlabelling::new(cluster, kubernetes, None, &layout.machine);
         let restarted = forget(options, &layout, None);
         journal.end(&[])?;
         say("check", "casemate isn't installed here");
         return restarted.map(|()| 0);
     };
-    if let Err(error) =
-        refuse(options, &layout).and_then(|()| configure(&mut journal, &layout, &record))
-    {
+    let mut labels = None;
+    let configured = refuse(options, &layout).and_then(|()| {
+        // First, so that no pod comes while its runtime goes.
+        let name = record.node.as_deref();
+        labels = Unlabelling::new(&options.cluster, kubernetes, name, &layout.machine);
+        configure(&mut journal, &layout, &record)
+    });
+    if let Err(error) = configured {
+        if let Some(labels) = labels {
+            labels.back();
+        }
         return Err(match journal.back() {
             Ok(()) => RunError::Refused(format!("{error}; the node is as it was")),
             Err(second) => RunError::Refused(format!(
@@ -57,6 +74,7 @@ pub fn uninstall(options: &Uninstall) -> Result<i32, RunError> {
     journal.commit(&Record {
         handler: None,
         handlers: Vec::new(),
+        node: None,
         import: None,
         files: Vec::new(),
         ..record.clone()

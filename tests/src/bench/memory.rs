@@ -1,4 +1,4 @@
-//! Proportional set size of all processes that exist because of one pod.
+//! Memory and processor time of all processes that exist because of one pod.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -31,4 +31,14 @@ pub fn pss(pids: &BTreeSet<u32>) -> BTreeMap<String, u64> {
         *by_name.entry(name.trim().to_owned()).or_insert(0) += kb;
     }
     by_name
+}
+
+/// Nanoseconds on a processor (proc(5), `schedstat`), all their threads' as far as
+/// they have one.
+pub fn busy(pids: &BTreeSet<u32>) -> u64 {
+    let of = |pid: &u32| {
+        let text = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+        text.split(' ').next()?.parse::<u64>().ok()
+    };
+    pids.iter().filter_map(of).sum()
 }

@@ -26,6 +26,8 @@ pub const EXEC: &str = "shim: exec true in an old pod";
 pub const ALONE: &str = "PSS of 1 idle container";
 /// A pod among others.
 pub const AMONG: &str = "PSS of each of N idle containers";
+/// Row of a pod's processor time while it idles.
+pub const IDLE: &str = "processor of each of N idle containers";
 
 /// A pod whose shim we started.
 pub struct Pod {
@@ -211,7 +213,7 @@ pub fn execs(peers: &[Peer], n: usize, samples: &mut Samples) -> Result<()> {
     Ok(())
 }
 
-/// `n` pods at once: PSS of each.
+/// `n` pods at once: PSS of each, and what it does while nobody asks for anything.
 pub fn crowd(peer: &Peer, n: usize, samples: &mut Samples) -> Result<()> {
     let mut pods = Vec::with_capacity(n);
     for _ in 0..n {
@@ -223,6 +225,18 @@ pub fn crowd(peer: &Peer, n: usize, samples: &mut Samples) -> Result<()> {
     std::thread::sleep(Duration::from_secs(2));
     for pod in &pods {
         samples.add(AMONG, Unit::Mib, peer.name, total(&pod.pss()));
+    }
+    let busy = |pods: &[Pod]| -> Vec<u64> {
+        let of = |pod: &Pod| memory::busy(&memory::pids(pod.shim, &pod.task.id));
+        pods.iter().map(of).collect()
+    };
+    let (begun, before) = (Instant::now(), busy(&pods));
+    std::thread::sleep(Duration::from_secs(5));
+    let after = busy(&pods);
+    let over = begun.elapsed().as_nanos() as f64;
+    for (before, after) in before.iter().zip(&after) {
+        let share = after.saturating_sub(*before) as f64 / over;
+        samples.add(IDLE, Unit::Milli, peer.name, share * 1000.0);
     }
     for pod in &pods {
         pod.end()?;

@@ -9,6 +9,8 @@ pub enum Unit {
     Mib,
     /// Nanoseconds.
     Ns,
+    /// Thousandths of a processor.
+    Milli,
 }
 
 impl Unit {
@@ -18,6 +20,7 @@ impl Unit {
             Self::Ms => "ms",
             Self::Mib => "MiB",
             Self::Ns => "ns",
+            Self::Milli => "mCPU",
         }
     }
 }

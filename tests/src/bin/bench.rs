@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use bench::peer::{NAMES, OURS, Peer};
 use bench::report::{self, Absent};
-use bench::samples::Samples;
+use bench::samples::{Samples, quantile};
 use bench::{clock, phases, through};
 use casemate_tests::World;
 use casemate_tests::error::{Failure, Result, file};
@@ -33,6 +33,9 @@ struct Options {
     /// Where the figures go as JSON.
     #[arg(long, default_value = "target/bench.json")]
     json: PathBuf,
+    /// Where the pod's overhead goes, as runtimeclass/ has it.
+    #[arg(long)]
+    overhead: Option<PathBuf>,
     /// Where else to look for peers; scripts/peers.sh fills it.
     #[arg(long, default_value = "target/peers/bin")]
     peers: PathBuf,
@@ -119,6 +122,9 @@ fn measure(options: &Options) -> Result<bool> {
             run.weights
         );
     }
+    if let (Some(path), false) = (&options.overhead, run.overheads.is_empty()) {
+        write(path, &overhead(&run))?;
+    }
     let about = json!({
         "rounds": options.rounds,
         "containers": options.containers,
@@ -144,6 +150,25 @@ fn measure(options: &Options) -> Result<bool> {
     Ok(!ours_failed && (!options.strict || report::held(&run.samples)))
 }
 
+/// Names of shim, agent and forker.
+const OWN: [&str; 2] = ["containerd-shim", "casemate"];
+
+/// What a pod costs beside its workload: medians, and in one decimal, so that a run
+/// like the last one changes nothing.
+fn overhead(run: &Run) -> Value {
+    let tenths = |value: f64| (value * 10.0).round() / 10.0;
+    let memory = quantile(&run.overheads, 0.5).unwrap_or_default() / 1024.0;
+    let cpu = run.samples.row(phases::IDLE);
+    let cpu = cpu.and_then(|row| row.median(OURS)).unwrap_or_default();
+    json!({
+        "about": "made by `make bench`: PSS of shim, agent and forker of a lone pod, and the \
+                  processor time of an idle pod; classes/classes.yaml has a quarter more, \
+                  rounded up",
+        "memory_mib": tenths(memory),
+        "cpu_milli": tenths(cpu),
+    })
+}
+
 #[derive(Default)]
 struct Run {
     samples: Samples,
@@ -151,6 +176,8 @@ struct Run {
     /// By runtime and step: how often, and the first error.
     failures: BTreeMap<String, (usize, String)>,
     weights: BTreeMap<String, u64>,
+    /// PSS in kB of our own processes of a lone pod, round by round.
+    overheads: Vec<f64>,
 }
 
 impl Run {
@@ -166,6 +193,12 @@ impl Run {
         if let Some(weights) = self.note(peer, "shim phases", done)
             && peer.name == OURS
         {
+            // Without the workload's own.
+            let own = weights
+                .iter()
+                .filter(|(name, _)| OWN.iter().any(|n| name.starts_with(n)));
+            let sum: u64 = own.map(|(_, kb)| kb).sum();
+            self.overheads.push(sum as f64);
             self.weights = weights;
         }
         clock::gap();

@@ -67,6 +67,11 @@ impl Node {
         self.dir.join("etc/containerd/config.toml")
     }
 
+    /// Its program.
+    pub fn containerd(&self) -> PathBuf {
+        self.bin.join("containerd")
+    }
+
     fn plain(&self) -> String {
         let dir = self.dir.display();
         let (version, cri) = match self.generation {
@@ -167,7 +172,7 @@ echo $! > {dir}/pid
         let mut command = Command::new(world::binaries().join("casemate"));
         command.arg(verb).arg("--root").arg(&self.dir);
         if !more.contains(&"--containerd") {
-            command.arg("--containerd").arg(self.bin.join("containerd"));
+            command.arg("--containerd").arg(self.containerd());
         }
         if !more.contains(&"--timeout") {
             command.args(["--timeout", "20"]);
@@ -203,7 +208,7 @@ echo $! > {dir}/pid
 
     /// What containerd makes of the configuration; it must be able to read it.
     pub fn dump(&self) -> Result<String, Stop> {
-        let mut command = Command::new(self.bin.join("containerd"));
+        let mut command = Command::new(self.containerd());
         command.arg("--config").arg(self.config());
         Ok(run(command.args(["config", "dump"]), &[], LIMIT)?
             .ok()?
