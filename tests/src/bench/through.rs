@@ -34,6 +34,7 @@ pub fn import(peer: &Peer) -> Result<()> {
     let image = Image {
         name: IMAGE.to_owned(),
         layers: vec![catalog::base_layer(None)?, top.finish()?],
+        entrypoint: Vec::new(),
         cmd: vec!["/bin/sh".to_owned()],
     };
     peer.ctr().import(&image, World::get()?.dir())

@@ -1,6 +1,6 @@
 //! The test bed as a command: `testbed run -- CMD…` shows a container on a
-//! private containerd; `testbed sbom` writes a list of all components,
-//! `testbed conformance` the list of what the trials showed.
+//! private containerd; `testbed sbom` writes a list of all components, `testbed image`
+//! the installer's image, `testbed conformance` the list of what the trials showed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use casemate_tests::daemon::Daemon;
 use casemate_tests::error::file;
-use casemate_tests::image::catalog;
+use casemate_tests::image::{catalog, installer};
 use casemate_tests::{Failure, Result, conformance, leaks, results, run, world};
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
@@ -34,6 +34,16 @@ enum Action {
     },
     /// Writes docs/conformance.md from the results of `make e2e`.
     Conformance,
+    /// Writes the installer's image as an OCI layout. SOURCE_DATE_EPOCH is the time of its
+    /// files, or 1970.
+    Image {
+        /// Directory with the programs.
+        #[arg(long)]
+        from: PathBuf,
+        /// Directory to write.
+        #[arg(long)]
+        output: PathBuf,
+    },
     /// Writes a CycloneDX 1.5 list of the components of all our binaries.
     Sbom {
         /// Where to.
@@ -46,6 +56,7 @@ fn main() -> ExitCode {
     let done = match Args::parse().action {
         Action::Run { runtime, command } => show(&runtime, &command),
         Action::Conformance => conformance().map(|()| 0),
+        Action::Image { from, output } => image(&from, &output).map(|()| 0),
         Action::Sbom { output } => sbom(&output).map(|()| 0),
     };
     match done {
@@ -66,6 +77,18 @@ fn conformance() -> Result<()> {
     let text = conformance::List::read()?.render(&results);
     fs::write(&path, text).map_err(file("write", &path))?;
     println!("{}: from {} trials", path.display(), results.len());
+    Ok(())
+}
+
+fn image(from: &Path, output: &Path) -> Result<()> {
+    let time = match std::env::var("SOURCE_DATE_EPOCH") {
+        Ok(text) => text.parse().map_err(|error| {
+            Failure::Unexpected(format!("SOURCE_DATE_EPOCH={text}: {error}: give seconds"))
+        })?,
+        Err(_) => 0,
+    };
+    let digest = installer::write(&installer::image(from, time)?, output)?;
+    println!("{}: {} {digest}", output.display(), installer::name());
     Ok(())
 }
 
@@ -175,6 +198,8 @@ fn sbom(output: &Path) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
     let mut command = Command::new(cargo);
     command.args(["metadata", "--format-version", "1", "--locked"]);
+    // As `make build` has them.
+    command.args(["--features", "casemate/kubernetes"]);
     command.args([
         "--filter-platform",
         &format!("{}-unknown-linux-gnu", std::env::consts::ARCH),

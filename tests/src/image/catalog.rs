@@ -36,6 +36,7 @@ pub fn pause(program: Option<&Path>) -> Result<Image> {
     Ok(Image {
         name: crate::generation::PAUSE.to_owned(),
         layers: vec![layer.finish()?],
+        entrypoint: Vec::new(),
         cmd: vec![PAUSE_PROGRAM.to_owned(), "sleep".to_owned()],
     })
 }
@@ -99,6 +100,7 @@ fn image(name: &str, layers: Vec<Vec<u8>>) -> Image {
     Image {
         name: name.to_owned(),
         layers,
+        entrypoint: Vec::new(),
         cmd: vec!["/bin/sh".to_owned()],
     }
 }

@@ -14,12 +14,14 @@ const MTIME: u64 = 1_700_000_000;
 /// A layer under construction.
 pub struct Layer {
     tar: Builder<Vec<u8>>,
+    mtime: u64,
 }
 
 impl Default for Layer {
     fn default() -> Self {
         Self {
             tar: Builder::new(Vec::new()),
+            mtime: MTIME,
         }
     }
 }
@@ -45,13 +47,20 @@ pub fn mode(mode: u32) -> Meta {
 }
 
 impl Layer {
-    fn header(kind: EntryType, meta: Meta, size: u64) -> Header {
+    /// With another time on every file, in seconds since the epoch.
+    #[must_use]
+    pub fn at(mut self, mtime: u64) -> Self {
+        self.mtime = mtime;
+        self
+    }
+
+    fn header(&self, kind: EntryType, meta: Meta, size: u64) -> Header {
         let mut header = Header::new_gnu();
         header.set_entry_type(kind);
         header.set_mode(meta.mode);
         header.set_uid(meta.uid);
         header.set_gid(meta.gid);
-        header.set_mtime(MTIME);
+        header.set_mtime(self.mtime);
         header.set_size(size);
         header
     }
@@ -64,17 +73,15 @@ impl Layer {
 
     /// A directory.
     pub fn dir(&mut self, path: &str, meta: Meta) -> Result<&mut Self> {
-        self.put(path, Self::header(EntryType::Directory, meta, 0), &[])?;
+        let header = self.header(EntryType::Directory, meta, 0);
+        self.put(path, header, &[])?;
         Ok(self)
     }
 
     /// A regular file.
     pub fn file(&mut self, path: &str, meta: Meta, data: &[u8]) -> Result<&mut Self> {
-        self.put(
-            path,
-            Self::header(EntryType::Regular, meta, data.len() as u64),
-            data,
-        )?;
+        let header = self.header(EntryType::Regular, meta, data.len() as u64);
+        self.put(path, header, data)?;
         Ok(self)
     }
 
@@ -107,7 +114,7 @@ impl Layer {
     }
 
     fn link(&mut self, kind: EntryType, path: &str, target: &str) -> Result<&mut Self> {
-        let mut header = Self::header(kind, mode(0o777), 0);
+        let mut header = self.header(kind, mode(0o777), 0);
         self.tar
             .append_link(&mut header, path, target)
             .map_err(file("add link to layer", Path::new(path)))?;

@@ -2,6 +2,7 @@
 //! them (image-spec `image-layout.md`), for `ctr image import`.
 
 pub mod catalog;
+pub mod installer;
 pub mod layer;
 pub mod oci;
 

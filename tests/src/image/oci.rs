@@ -1,5 +1,6 @@
-//! An OCI image layout in one tar file.
+//! An OCI image layout, as files or in one tar file.
 
+use std::collections::BTreeMap;
 use std::io::{Cursor, Write};
 use std::path::Path;
 
@@ -19,6 +20,8 @@ pub struct Image {
     pub name: String,
     /// Uncompressed layers.
     pub layers: Vec<Vec<u8>>,
+    /// What the command is given to.
+    pub entrypoint: Vec<String>,
     /// Default command.
     pub cmd: Vec<String>,
 }
@@ -33,29 +36,21 @@ pub fn sha256(data: &[u8]) -> String {
         })
 }
 
-struct Layout {
-    tar: Builder<Vec<u8>>,
-}
+/// Paths of an image layout, with what is there (image-spec `image-layout.md`).
+#[derive(Default)]
+struct Layout(BTreeMap<String, Vec<u8>>);
 
 impl Layout {
-    fn file(&mut self, path: &str, data: &[u8]) -> Result<()> {
-        let mut header = Header::new_gnu();
-        header.set_mode(0o644);
-        header.set_size(data.len() as u64);
-        self.tar
-            .append_data(&mut header, path, Cursor::new(data))
-            .map_err(file("add to image layout", Path::new(path)))
-    }
-
     /// Stores a blob once and returns its descriptor (image-spec `descriptor.md`).
-    fn blob(&mut self, media_type: &str, data: &[u8]) -> Result<Value> {
-        let digest = sha256(data);
-        self.file(&format!("blobs/sha256/{digest}"), data)?;
-        Ok(json!({
+    fn blob(&mut self, media_type: &str, data: Vec<u8>) -> Value {
+        let digest = sha256(&data);
+        let size = data.len();
+        self.0.insert(format!("blobs/sha256/{digest}"), data);
+        json!({
             "mediaType": media_type,
             "digest": format!("sha256:{digest}"),
-            "size": data.len()
-        }))
+            "size": size
+        })
     }
 }
 
@@ -67,37 +62,42 @@ fn gzip(data: &[u8]) -> Result<Vec<u8>> {
 }
 
 impl Image {
-    /// The whole layout as a tar stream.
-    pub fn archive(&self) -> Result<Vec<u8>> {
-        let mut layout = Layout {
-            tar: Builder::new(Vec::new()),
-        };
-        layout.file("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+    /// The files of its layout. The same image is the same bytes: nothing in them is of
+    /// the time or the place at which they were made.
+    ///
+    /// # Errors
+    /// A layer can't be compressed.
+    pub fn layout(&self) -> Result<BTreeMap<String, Vec<u8>>> {
+        let mut layout = Layout::default();
         let mut layers = Vec::new();
         let mut ids = Vec::new();
         for layer in &self.layers {
             ids.push(format!("sha256:{}", sha256(layer)));
             let packed = gzip(layer)?;
-            layers.push(layout.blob("application/vnd.oci.image.layer.v1.tar+gzip", &packed)?);
+            layers.push(layout.blob("application/vnd.oci.image.layer.v1.tar+gzip", packed));
         }
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",
             "aarch64" => "arm64",
             other => other,
         };
+        let mut run = json!({
+            "Cmd": self.cmd,
+            "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+        });
+        if !self.entrypoint.is_empty() {
+            run["Entrypoint"] = json!(self.entrypoint);
+        }
         let config = json!({
             "architecture": architecture,
             "os": "linux",
-            "config": {
-                "Cmd": self.cmd,
-                "Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
-            },
+            "config": run,
             "rootfs": {"type": "layers", "diff_ids": ids}
         });
         let config = layout.blob(
             "application/vnd.oci.image.config.v1+json",
-            config.to_string().as_bytes(),
-        )?;
+            config.to_string().into_bytes(),
+        );
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -106,17 +106,35 @@ impl Image {
         });
         let mut manifest = layout.blob(
             "application/vnd.oci.image.manifest.v1+json",
-            manifest.to_string().as_bytes(),
-        )?;
+            manifest.to_string().into_bytes(),
+        );
+        let (_, tag) = self.name.rsplit_once(':').unwrap_or(("", "latest"));
         manifest["annotations"] = json!({
             "io.containerd.image.name": self.name,
-            "org.opencontainers.image.ref.name": "latest"
+            "org.opencontainers.image.ref.name": tag
         });
         let index = json!({"schemaVersion": 2, "manifests": [manifest]});
-        layout.file("index.json", index.to_string().as_bytes())?;
-        layout
-            .tar
-            .into_inner()
+        let mut files = layout.0;
+        files.insert("index.json".to_owned(), index.to_string().into_bytes());
+        let mark = br#"{"imageLayoutVersion":"1.0.0"}"#;
+        files.insert("oci-layout".to_owned(), mark.to_vec());
+        Ok(files)
+    }
+
+    /// The whole layout as a tar stream.
+    ///
+    /// # Errors
+    /// It can't be packed.
+    pub fn archive(&self) -> Result<Vec<u8>> {
+        let mut tar = Builder::new(Vec::new());
+        for (path, data) in self.layout()? {
+            let mut header = Header::new_gnu();
+            header.set_mode(0o644);
+            header.set_size(data.len() as u64);
+            tar.append_data(&mut header, &path, Cursor::new(data))
+                .map_err(file("add to image layout", Path::new(&path)))?;
+        }
+        tar.into_inner()
             .map_err(|e| Failure::Unexpected(format!("finish image {}: {e}", self.name)))
     }
 }

@@ -2,6 +2,8 @@
 //! can go wrong on the way.
 
 mod faults;
+mod hard;
+mod image;
 mod life;
 mod node;
 mod stepper;
@@ -12,6 +14,8 @@ use libtest_mimic::Trial;
 
 pub fn trials() -> Vec<Trial> {
     let mut all = faults::trials();
+    all.extend(hard::trials());
+    all.extend(image::trials());
     all.extend(life::trials());
     for generation in Generation::ALL {
         let name = format!("install_and_back_{}", generation.tag());
