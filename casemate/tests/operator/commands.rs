@@ -105,7 +105,8 @@ fn commands_show_progress_on_terminals_alone() -> Outcome {
     let mut seen = Command::new("script");
     seen.env("TERM", "xterm").args(["-qec", &line, "/dev/null"]);
     let seen = run(&mut seen, &[], LONG)?.ok()?;
-    ensure!(seen.out().contains("pod 1 of 1 ["), "{:?}", seen.out());
+    // Other trials have pods as well.
+    ensure!(seen.out().contains("pod 1 of "), "{:?}", seen.out());
     let unseen = casemate(&["report", "--html", &file.display().to_string()])?.ok()?;
     ensure_eq!(unseen.err(), "", "standard error of no terminal");
     ensure_eq!(unseen.out(), "", "standard output");
