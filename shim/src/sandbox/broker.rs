@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -123,6 +124,7 @@ impl Broker {
             pidfd: copy(&agent.pidfd).step("copy", "the agent's pidfd")?,
             pongs: watch::Sender::new(0),
             who: Who::Agent,
+            told: AtomicBool::new(false),
         });
         let book = Arc::<Mutex<Book>>::default();
         tokio::spawn(listen(line.clone(), book.clone(), records.clone()));

@@ -10,6 +10,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use casemate_protocol::capabilities::LEARNER;
@@ -203,6 +204,7 @@ impl Learner {
                 .step("copy", "the agent's pidfd")?,
             pongs: watch::Sender::new(0),
             who: Who::Learner,
+            told: AtomicBool::new(false),
         });
         let name = spec.pod.container_name.as_deref().unwrap_or(id);
         let base = Base {

@@ -7,6 +7,7 @@
 //! nothing is asked.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use casemate_protocol::{Channel, ToAgent, ToLearner};
@@ -47,6 +48,8 @@ pub struct Line {
     pub pongs: watch::Sender<u64>,
     /// Which of them it is.
     pub who: Who,
+    /// It was told that the pod is ended for it.
+    pub told: AtomicBool,
 }
 
 /// A descriptor that a forker sends may be anything.
@@ -102,6 +105,10 @@ pub async fn guard(line: &Line, mut listener: OwnedFd, records: &Records, id: &s
 impl Line {
     /// Kills the agent, and so the pod, of which calls wait.
     pub fn end_pod(&self, why: &str, records: &Records, id: &str) {
+        // A learner ends with its pod, which is no second reason.
+        if self.told.swap(true, Ordering::Relaxed) && self.who == Who::Learner {
+            return;
+        }
         let text = match self.who {
             Who::Agent => {
                 format!("the agent {why} while refused calls wait for it; the pod is ended")
