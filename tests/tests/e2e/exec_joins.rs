@@ -27,7 +27,8 @@ crate::trials![
     exec_environment_of_all_sizes,
 ];
 
-/// Everything about a process that must not depend on who asked for it.
+/// Everything about a process that must not depend on who asked for it. Caught signals
+/// (`SigCgt`) aren't of it: execve(2) resets them, and what follows is the program's.
 pub fn facts(pid: u32) -> Result<BTreeMap<String, String>, Stop> {
     let mut all = BTreeMap::new();
     for field in [
@@ -46,7 +47,6 @@ pub fn facts(pid: u32) -> Result<BTreeMap<String, String>, Stop> {
         "Seccomp_filters",
         "SigIgn",
         "SigBlk",
-        "SigCgt",
         "CoreDumping",
         "Speculation_Store_Bypass",
         "Cpus_allowed",
