@@ -136,6 +136,12 @@ fn locks_exec_is_held_as_init() -> Outcome {
     let init = init(&task)?;
     let (exec, _out) = exec(&task, "more", &["/bin/probe", "sleep"])?;
     ensure!(procs::identity(exec).is_some(), "no exec'ed process {exec}");
+    // What a program does with its signals when it begins is not how it is held.
+    for pid in [init, exec] {
+        until("the program to have begun", SHORT, || {
+            procs::status_field(pid, "SigCgt").is_some_and(|set| set.contains(|c| c != '0'))
+        })?;
+    }
     let (theirs, inits) = (facts(exec)?, facts(init)?);
     for (what, value) in &inits {
         ensure_eq!(
