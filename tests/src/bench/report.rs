@@ -133,7 +133,7 @@ fn cell(row: &Row, peer: &str, absent: &Absent) -> String {
     };
     let digits = usize::from(median < 1000.0) + usize::from(median < 10.0);
     let own = format!("{median:.digits$} / {tail:.digits$}");
-    match row.median(OURS).filter(|_| peer != OURS) {
+    match row.median(OURS).filter(|_| peer != OURS && median > 0.0) {
         Some(ours) => format!("{own} ({:.2})", ours / median),
         None => own,
     }
