@@ -45,6 +45,6 @@ for where in "$@"; do
     export VM_APPEND="casemate.without=nf_tables"
   fi
   export CASEMATE_TEST_LIST=$list VM_COPY="$copy $list"
-  VM_SECONDS=${VM_SECONDS:-300} "$here/scripts/vm.sh" "${where%%:*}" "${program[@]}" || failed=1
+  VM_SECONDS=${VM_SECONDS:-600} "$here/scripts/vm.sh" "${where%%:*}" "${program[@]}" || failed=1
 done
 exit "$failed"
