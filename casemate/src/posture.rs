@@ -2,12 +2,12 @@
 
 use std::io::Write;
 
-use casemate_posture::{Depth, Promise};
+use casemate_posture::{Depth, Findings, Promise};
 use clap::Args;
 use serde_json::json;
 
 use crate::error::{RunError, Step};
-use crate::operator::{self, Operator};
+use crate::operator::{self, Operator, Pod};
 
 /// Help text.
 pub const EXAMPLES: &str = "\
@@ -34,12 +34,10 @@ pub struct Posture {
     glance: bool,
 }
 
-/// Compares; 1 if something isn't as promised.
-pub fn run(options: &Posture) -> Result<i32, RunError> {
-    operator::needs_root("posture")?;
-    let pod = operator::find(&options.pod)?;
+/// What the pod's shim promised, and what isn't so.
+pub fn compared(pod: &Pod, depth: Depth) -> Result<(Promise, Findings), RunError> {
     let ask = || -> Result<Promise, RunError> {
-        let said = operator::block_on(async { Operator::connect(&pod).await?.promise().await })?;
+        let said = operator::block_on(async { Operator::connect(pod).await?.promise().await })?;
         serde_json::from_value(said).map_err(|e| RunError::Shim {
             step: "Promise",
             reason: format!(
@@ -47,12 +45,19 @@ pub fn run(options: &Posture) -> Result<i32, RunError> {
             ),
         })
     };
+    casemate_posture::compare_with(ask, depth)
+}
+
+/// Compares; 1 if something isn't as promised.
+pub fn run(options: &Posture) -> Result<i32, RunError> {
+    operator::needs_root("posture")?;
+    let pod = operator::find(&options.pod)?;
     let depth = if options.glance {
         Depth::Glance
     } else {
         Depth::Whole
     };
-    let (promise, found) = casemate_posture::compare_with(ask, depth)?;
+    let (promise, found) = compared(&pod, depth)?;
     let text = if options.json {
         let all = json!({
             "pod": pod.id,

@@ -213,8 +213,10 @@ impl Seen<'_> {
         let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let entries = openat2(&self.root, path, flags, Mode::empty(), how).and_then(Dir::new);
         entries.is_ok_and(|all| {
-            all.flatten()
-                .all(|entry| matches!(entry.file_name().to_bytes(), b"." | b".."))
+            all.into_iter().all(|entry| {
+                // What can't be read isn't known to be nothing.
+                entry.is_ok_and(|e| matches!(e.file_name().to_bytes(), b"." | b".."))
+            })
         })
     }
 

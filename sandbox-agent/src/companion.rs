@@ -3,10 +3,11 @@
 
 use std::os::fd::OwnedFd;
 
-use casemate_sys::ident::{self, CapSets};
+use casemate_sys::ident;
 use casemate_sys::namespace::{self, kind};
 use casemate_sys::process;
 
+use crate::confine;
 use crate::error::{At, StepError};
 
 /// Moves the calling process there, with these capabilities at most, for good; its
@@ -17,13 +18,7 @@ pub fn settle(namespace_b: OwnedFd, capabilities: u64) -> Result<OwnedFd, StepEr
     // The capabilities of B came with it, and maybe a sysctl's idea of dumps.
     ident::set_dumpable(false).at("set", "dumpable")?;
     ident::set_no_new_privs().at("set", "no_new_privs")?;
-    ident::limit_bounding(capabilities).at("limit", "bounding set")?;
-    ident::set_caps(CapSets {
-        effective: capabilities,
-        permitted: capabilities,
-        inheritable: 0,
-    })
-    .at("drop", "capabilities")?;
+    confine::keep(capabilities)?;
     namespace::join_new_session_keyring().at("join", "session keyring")?;
     process::open_pidfd(process::own_pid()).at("open", "own pidfd")
 }

@@ -23,17 +23,22 @@ pub fn agent(plan: &PodPlan) -> Result<(), StepError> {
         // Where the node's own hard limit is 0 already.
         .or_else(|_| process::set_limit(0, RLIMIT_CORE, 0, 0))
         .at("limit", "core size")?;
-    ident::limit_bounding(AGENT).at("limit", "bounding set")?;
-    ident::set_caps(CapSets {
-        effective: AGENT,
-        permitted: AGENT,
-        inheritable: 0,
-    })
-    .at("set", "capabilities")?;
+    keep(AGENT)?;
     if !plan.filter.is_empty() {
         seccomp::install_filter(&plan.filter, 0).at("install filter", "agent")?;
     }
     Ok(())
+}
+
+/// Leaves the calling process these capabilities, and none that an execve could add.
+pub fn keep(capabilities: u64) -> Result<(), StepError> {
+    ident::limit_bounding(capabilities).at("limit", "bounding set")?;
+    ident::set_caps(CapSets {
+        effective: capabilities,
+        permitted: capabilities,
+        inheritable: 0,
+    })
+    .at("set", "capabilities")
 }
 
 /// Whom [`container`] locks.

@@ -19,7 +19,8 @@ use super::layout::Layout;
 use crate::Run;
 use crate::bundle;
 use crate::error::{RunError, one_line};
-use crate::operator::{self, Operator};
+use crate::operator;
+use crate::posture;
 
 /// containerd's namespace of the proof.
 const NAMESPACE: &str = "casemate-proof";
@@ -141,9 +142,10 @@ pub fn container(layout: &Layout, class: Class, by_path: bool) -> Result<Vec<Str
         )));
     }
     let id = format!("{id}-posture");
-    let seen = run(&mut client, layout, &runtime, &id, &["--wait"]).and_then(|()| posture(&id));
+    let seen = run(&mut client, layout, &runtime, &id, &["--wait"])
+        .and_then(|()| posture::compared(&operator::find(&id)?, casemate_posture::Depth::Whole));
     clean(&mut client, &id);
-    let seen = seen?;
+    let (_, seen) = seen?;
     match seen.deviations.as_slice() {
         [] => Ok(seen.unseen),
         [first, more @ ..] => Err(RunError::Refused(format!(
@@ -151,21 +153,6 @@ pub fn container(layout: &Layout, class: Class, by_path: bool) -> Result<Vec<Str
             more.len()
         ))),
     }
-}
-
-/// What of a living pod isn't as its shim has promised.
-fn posture(id: &str) -> Result<casemate_posture::Findings, RunError> {
-    let pod = operator::find(id)?;
-    let said = operator::block_on(async { Operator::connect(&pod).await?.promise().await })?;
-    let promise: casemate_posture::Promise =
-        serde_json::from_value(said).map_err(|error| RunError::Shim {
-            step: "Promise",
-            reason: one_line(&error.to_string()),
-        })?;
-    Ok(casemate_posture::compare(
-        &promise,
-        casemate_posture::Depth::Whole,
-    ))
 }
 
 fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {

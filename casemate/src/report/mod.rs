@@ -10,7 +10,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use casemate_posture::{Depth, Deviation, Promise};
+use casemate_posture::{Depth, Deviation};
 use clap::Args;
 use serde_json::Value;
 use tokio::time::timeout;
@@ -20,6 +20,7 @@ use crate::error::{RunError, Step};
 use crate::inspect;
 use crate::operator::{self, Operator, Pod};
 use crate::paint::plain;
+use crate::posture;
 use crate::progress::Progress;
 use crate::ps;
 use facts::{Bar, Figures};
@@ -80,19 +81,14 @@ pub fn run(options: &Report) -> Result<i32, RunError> {
     };
     let pods = operator::pods()?;
     let count = pods.len();
-    let told = operator::block_on(async {
-        let mut told = Vec::new();
-        let progress = Progress::of(count.min(PODS) as u64, "pod");
-        for pod in pods.into_iter().take(PODS) {
-            progress.step(&plain(&pod.id));
-            let said = match timeout(EACH, ask(&pod)).await {
-                Ok(said) => said.map_err(|error| error.to_string()),
-                Err(_) => Err(format!("no answer within {} s", EACH.as_secs())),
-            };
-            told.push(Told { pod, said });
-        }
-        Ok(told)
-    })?;
+    let progress = Progress::of(count.min(PODS) as u64, "pod");
+    let mut told = Vec::new();
+    for pod in pods.into_iter().take(PODS) {
+        progress.step(&plain(&pod.id));
+        let said = say(&pod).map_err(|error| error.to_string());
+        told.push(Told { pod, said });
+    }
+    drop(progress);
     let page = page(&told, &operator::refusals(), count, &figures, clock::now());
     if options.html == Path::new("-") {
         std::io::stdout()
@@ -104,20 +100,29 @@ pub fn run(options: &Report) -> Result<i32, RunError> {
     Ok(0)
 }
 
-async fn ask(pod: &Pod) -> Result<Said, RunError> {
-    let inspected = inspect::whole(pod).await?;
-    let shim = Operator::connect(pod).await?;
-    let denials = shim.denials().await?;
-    let promise: Promise =
-        serde_json::from_value(shim.promise().await?).map_err(|error| RunError::Shim {
-            step: "Promise",
-            reason: error.to_string(),
-        })?;
+/// What a shim says, and how that is.
+fn say(pod: &Pod) -> Result<Said, RunError> {
+    let (inspected, denials) = operator::block_on(async {
+        timeout(EACH, ask(pod)).await.unwrap_or_else(|_| {
+            Err(RunError::Shim {
+                step: "ask",
+                reason: format!("no answer within {} s", EACH.as_secs()),
+            })
+        })
+    })?;
+    let (_, found) = posture::compared(pod, Depth::Glance)?;
     Ok(Said {
         inspected,
         denials,
-        deviations: casemate_posture::compare(&promise, Depth::Glance).deviations,
+        deviations: found.deviations,
     })
+}
+
+async fn ask(pod: &Pod) -> Result<(Value, Value), RunError> {
+    let inspected = inspect::whole(pod).await?;
+    let shim = Operator::connect(pod).await?;
+    let denials = shim.denials().await?;
+    Ok((inspected, denials))
 }
 
 fn read_figures(path: &Path) -> Result<Vec<Figures>, RunError> {

@@ -87,9 +87,9 @@ impl Filters {
             return Ok(filters);
         }
         filters.asks = filters.profile.program(Form::Notify).to_vec();
-        if let Some(asks) = Program::from_bytes(&filters.asks)
+        if !filters.written.is_empty()
+            && let Some(asks) = Program::from_bytes(&filters.asks)
             && let Some(own) = Program::from_bytes(&filters.written)
-            && !filters.written.is_empty()
             && let Ok(stacked) = stack(&asks, &own)
         {
             filters.asks = stacked.asks.to_bytes();
