@@ -53,7 +53,7 @@ fn run() -> Result<(), String> {
     flags.require().map_err(|error| error.to_string())?;
     match flags.action {
         Some(Action::Start) => start::run(&flags, &program),
-        Some(Action::Delete) => delete::run(&flags),
+        Some(Action::Delete) => delete::run(&flags, &program),
         Some(Action::Serve) => server::run(&flags),
         None => Err("no action: use start or delete".to_owned()),
     }

@@ -20,9 +20,11 @@ use super::proc;
 use super::registry;
 use super::socket;
 use super::spec::Spec;
+use super::start;
 use crate::events::timestamp;
 use crate::host::ids;
 use crate::host::scope::STOP_WITHIN;
+use crate::sandbox;
 
 /// In every other container's bundle, a symbolic link to the pod's bundle.
 pub const POD_LINK: &str = "casemate.pod";
@@ -39,7 +41,11 @@ const FREE_WITHIN: Duration = Duration::from_secs(1);
 const LOGGERS_WITHIN: Duration = Duration::from_secs(1);
 
 /// Runs the action; the answer goes to stdout, warnings to stderr.
-pub fn run(flags: &Flags) -> Result<(), String> {
+pub fn run(flags: &Flags, program: &str) -> Result<(), String> {
+    // By a name that says none, no pod was made.
+    if let Ok(class) = start::class(program) {
+        sandbox::set_class(class);
+    }
     let bundle = if flags.bundle.is_empty() {
         // The working directory may have been removed under us already.
         std::env::current_dir().unwrap_or_default()
@@ -296,7 +302,7 @@ fn clean_containers<'a>(left: &[(&'a str, &Container)]) -> Vec<&'a str> {
     // The last hooks last: they may take their time.
     for (id, container) in left {
         if let Some(bundle) = &container.bundle {
-            for problem in crate::sandbox::after_death(bundle, id) {
+            for problem in sandbox::after_death(bundle, id) {
                 warn(&problem);
             }
         }

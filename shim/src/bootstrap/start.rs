@@ -82,7 +82,7 @@ pub fn run(flags: &Flags, program: &str) -> Result<(), String> {
 }
 
 /// By the name that this was run by, as links to it have one for each class.
-fn class(program: &str) -> Result<Class, String> {
+pub fn class(program: &str) -> Result<Class, String> {
     let name = Path::new(program).file_name().unwrap_or_default();
     Class::of_program(&name.to_string_lossy()).map_err(|class| {
         format!(

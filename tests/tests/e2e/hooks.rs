@@ -11,6 +11,7 @@ use casemate_tests::bundle::Task;
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop, fail};
+use casemate_tests::spec::annotate;
 use casemate_tests::world::{probe, set_mode};
 use casemate_tests::{ensure, ensure_eq, procs};
 use rustix::process::Signal;
@@ -30,6 +31,7 @@ crate::trials![
     c138_hook_inside_must_be_static,
     c138_hook_that_others_can_change_is_not_run,
     c138_poststop_runs_when_the_shim_was_killed,
+    c138_poststop_runs_for_each_class,
 ];
 
 /// A task whose shim may run what is in `<side>/hooks`, with the probe there.
@@ -420,7 +422,21 @@ fn c138_hook_that_others_can_change_is_not_run() -> Outcome {
 
 fn c138_poststop_runs_when_the_shim_was_killed() -> Outcome {
     casemate_only()?;
-    let mut task = task("latestop", &["/bin/probe", "sleep"])?;
+    last_hooks(task("latestop", &["/bin/probe", "sleep"])?)
+}
+
+/// What the class lets a pod ask for, the node's configuration doesn't.
+fn c138_poststop_runs_for_each_class() -> Outcome {
+    casemate_only()?;
+    let mut task = task("lateclass", &["/bin/probe", "sleep"])?;
+    let link = task.side.join("containerd-shim-casemate-compat-v2");
+    std::os::unix::fs::symlink(&task.shim.program, &link)?;
+    task.shim.program = link;
+    annotate(&mut task.spec, "casemate.io/profile", "compat");
+    last_hooks(task)
+}
+
+fn last_hooks(mut task: Task) -> Outcome {
     task.spec["hooks"] = json!({"poststop": [record(&task, "host", &[])]});
     task.boot()?;
     task.create()?;
