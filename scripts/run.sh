@@ -9,12 +9,12 @@ if [ "$(id -u)" != 0 ]; then
   exit 1
 fi
 scripts/packages.sh
-cargo build --release --locked \
-  --bin containerd-shim-casemate-v2 --bin casemate-agent --bin testbed
+# The build that `make test` goes on with.
+cargo build --profile quick --locked --workspace --bins
 
-bin="$(pwd)/target/$(uname -m)-unknown-linux-gnu/release"
+bin="$(pwd)/target/$(uname -m)-unknown-linux-gnu/quick"
 if [ -n "${CARGO_TARGET_DIR:-}" ]; then
-  bin="$CARGO_TARGET_DIR/$(uname -m)-unknown-linux-gnu/release"
+  bin="$CARGO_TARGET_DIR/$(uname -m)-unknown-linux-gnu/quick"
 fi
 export CASEMATE_TEST_BIN_DIR="$bin"
 words=()
