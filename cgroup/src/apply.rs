@@ -35,6 +35,8 @@ impl Cgroup {
     /// without effect on any current kernel is a warning.
     pub fn apply(&self, r: &LinuxResources) -> Result<Vec<String>, CgroupError> {
         let mut warnings = Vec::new();
+        let held = self.held(r);
+        let r = &*held;
         if let Some(memory) = r.memory() {
             #[allow(deprecated)] // To say that they do nothing.
             for (name, value) in [

@@ -1,11 +1,13 @@
 //! A leaf in every hierarchy: made, found again, and handed to a new process.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use oci_spec::runtime::LinuxResources;
 use rustix::fs::{CWD, Mode, OFlags};
 
 use crate::error::CgroupError;
@@ -13,6 +15,7 @@ use crate::files;
 use crate::hierarchy::{self, Hierarchy, Kind, Mount};
 use crate::limits::Limits;
 use crate::scope::Scope;
+use crate::systemd;
 
 /// The controllers of version 2 that limits and numbers here come from.
 const V2_CONTROLLERS: [&str; 7] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids", "rdma"];
@@ -283,6 +286,29 @@ impl Cgroup {
     /// The scope that this is, if systemd made it.
     pub fn scope(&self) -> Option<&Scope> {
         self.scope.as_ref()
+    }
+
+    /// `r` as this cgroup can hold it: in a scope, CPU time is rounded up to whole percents
+    /// of a CPU, since systemd keeps no others; elsewhere it is `r`.
+    pub fn held<'a>(&self, r: &'a LinuxResources) -> Cow<'a, LinuxResources> {
+        match self.scope {
+            None => Cow::Borrowed(r),
+            Some(_) => systemd::quota::held(r, self.bandwidth_now()),
+        }
+    }
+
+    fn bandwidth_now(&self) -> systemd::quota::Now {
+        if self.is_v2() {
+            let file = self.unified().map(|leaf| leaf.dir.join("cpu.max"));
+            let text = file
+                .and_then(|file| files::read(&file).ok())
+                .unwrap_or_default();
+            let mut words = text.split_whitespace().map(|word| word.parse().ok());
+            return (words.next().flatten(), words.next().flatten());
+        }
+        // -1 for no limit is no number here.
+        let number = |file: &str| files::number(&self.v1("cpu")?.join(file));
+        (number("cpu.cfs_quota_us"), number("cpu.cfs_period_us"))
     }
 
     /// The limits that were set last: files, and what was written to them. Of those

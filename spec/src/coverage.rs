@@ -358,7 +358,10 @@ static TABLE: &[Coverage] = &[
     ignored("linux.resources.memory.useHierarchy", "always so"),
     applied("linux.resources.memory.checkBeforeUpdate", ""),
     applied("linux.resources.cpu.shares", ""),
-    applied("linux.resources.cpu.quota", ""),
+    applied(
+        "linux.resources.cpu.quota",
+        "in a scope of systemd's rounded up to whole percents of a CPU, as it keeps no others",
+    ),
     applied("linux.resources.cpu.burst", ""),
     applied("linux.resources.cpu.period", ""),
     applied("linux.resources.cpu.idle", ""),

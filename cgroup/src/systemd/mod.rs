@@ -11,6 +11,7 @@
 //! between that may be missing or slow. All calls block for a bounded time.
 
 mod properties;
+pub(crate) mod quota;
 mod wire;
 
 use std::io;
@@ -67,7 +68,7 @@ pub fn start(
         // Else a scope that failed stays, and its name is taken.
         Property::new("CollectMode", Value::Text("inactive-or-failed".to_owned())),
     ];
-    let limits = properties::of(r, v2);
+    let limits = properties::of(&quota::held(r, (None, None)), v2);
     if !limits.iter().any(|p| p.name == "TasksMax") {
         // systemd has a default; a container without a limit has none.
         wanted.push(Property::new("TasksMax", Value::Number(u64::MAX)));
@@ -115,8 +116,8 @@ pub fn start(
     }
 }
 
-/// Tells systemd of new limits, so that it keeps them. It may write them
-/// rounded; that is over when this returns.
+/// Tells systemd of new limits, so that it keeps them, as [`crate::Cgroup::held`] has
+/// them. It writes them once more; that is over when this returns.
 pub fn set(
     scope: &Scope,
     r: &LinuxResources,

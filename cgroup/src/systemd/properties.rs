@@ -8,6 +8,7 @@
 
 use oci_spec::runtime::LinuxResources;
 
+use super::quota::percents;
 use super::wire::Body;
 use crate::apply::bandwidth;
 use crate::convert::{cpu_weight, io_weight};
@@ -126,14 +127,13 @@ impl Collected {
         }
     }
 
-    /// systemd keeps whole percents in its files, so it rounds down at a reload;
-    /// a little more is better than a container below its quota.
+    /// What comes here is in whole percents already, but for what the kernel refuses.
     fn quota(&mut self, quota: i64, period: Option<u64>) {
         let period = period.unwrap_or(100_000);
         let per_second = u64::try_from(quota)
             .ok()
-            .and_then(|q| q.checked_mul(1_000_000)?.checked_div(period))
-            .map_or(INFINITY, |q| q.next_multiple_of(10_000));
+            .and_then(|q| percents(q, period)?.checked_mul(10_000))
+            .unwrap_or(INFINITY);
         self.number("CPUQuotaPerSecUSec", per_second);
     }
 }

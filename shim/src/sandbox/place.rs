@@ -132,8 +132,8 @@ pub(super) async fn remove(cgroup: &Cgroup, limit: Duration) -> bool {
 /// Makes systemd keep the limits that were just set, if the cgroup is a scope.
 pub async fn keep_limits(cgroup: &Cgroup, resources: &LinuxResources) -> Result<(), SandboxError> {
     if let Some(named) = cgroup.scope() {
-        scope::set(named, resources, cgroup.is_v2()).await?;
-        // It wrote them once more, rounded.
+        scope::set(named, &cgroup.held(resources), cgroup.is_v2()).await?;
+        // It wrote what it knows once more, and a file named exactly may say otherwise.
         cgroup.apply(resources).map_err(cgroup_error)?;
     }
     Ok(())

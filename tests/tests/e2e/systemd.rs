@@ -17,7 +17,7 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::common::casemate_only;
 use crate::limits::{cgroup, init};
@@ -248,6 +248,20 @@ fn limits(dir: &Path) -> Result<BTreeMap<&'static str, String>, Stop> {
     Ok(all)
 }
 
+fn update(task: &Task, resources: &Value) -> Outcome {
+    let update = UpdateTaskRequest {
+        id: task.id.clone(),
+        resources: MessageField::some(Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+            value: resources.to_string().into_bytes(),
+            ..Any::default()
+        }),
+        ..UpdateTaskRequest::default()
+    };
+    task.rpc()?.call::<Empty>("Update", &update, SHORT)?;
+    Ok(())
+}
+
 fn systemd_reload_keeps_limits() -> Outcome {
     need_systemd()?;
     let mut task = Task::new("sdreload", &["/bin/probe", "sleep"])?;
@@ -278,24 +292,14 @@ fn systemd_reload_keeps_limits() -> Outcome {
     ensure_eq!(limits(&dir)?, before, "limits after daemon-reload");
 
     // An update is known to systemd as well.
-    let update = UpdateTaskRequest {
-        id: task.id.clone(),
-        resources: MessageField::some(Any {
-            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
-            value: json!({"memory": {"limit": 96 << 20, "swap": 96 << 20},
-                "cpu": {"quota": 12_345, "period": 50_000}, "pids": {"limit": 55}})
-            .to_string()
-            .into_bytes(),
-            ..Any::default()
-        }),
-        ..UpdateTaskRequest::default()
-    };
-    task.rpc()?.call::<Empty>("Update", &update, SHORT)?;
+    let resources = json!({"memory": {"limit": 96 << 20, "swap": 96 << 20},
+        "cpu": {"quota": 12_345, "period": 50_000}, "pids": {"limit": 55}});
+    update(&task, &resources)?;
     let updated = limits(&dir)?;
     for (file, want) in [
         ("memory.max", "100663296"),
-        // To the microsecond, though systemd knows whole percents alone.
-        ("cpu.max", "12345 50000"),
+        // Whole percents of a CPU, since systemd keeps no others; never less.
+        ("cpu.max", "12500 50000"),
         ("pids.max", "55"),
         ("memory.high", "59998208"),
     ] {
@@ -307,16 +311,27 @@ fn systemd_reload_keeps_limits() -> Outcome {
     ensure_eq!(property(&unit, "TasksMax")?, "55", "known limit");
     ensure_eq!(property(&agent, "TasksMax")?, "infinity", "the agent's");
     systemctl(&["daemon-reload"])?;
-    let mut after = limits(&dir)?;
-    // Never less than asked for, and less than a percent of a CPU more.
-    let quota = after.remove("cpu.max").unwrap_or_default();
-    ensure!(
-        quota == "12345 50000" || quota == "12500 50000",
-        "cpu.max after daemon-reload: {quota}"
-    );
-    let mut want = updated;
-    want.remove("cpu.max");
-    ensure_eq!(after, want, "limits after update and daemon-reload");
+    ensure_eq!(limits(&dir)?, updated, "limits after update and reload");
+
+    // The period that was there goes on where none is named.
+    update(&task, &json!({"cpu": {"quota": 20_111}}))?;
+    let updated = limits(&dir)?;
+    let is = updated.get("cpu.max").map(String::as_str);
+    ensure_eq!(is, Some("20500 50000"), "cpu.max of a quota alone");
+    systemctl(&["daemon-reload"])?;
+    ensure_eq!(limits(&dir)?, updated, "a quota alone after a reload");
+    update(&task, &json!({"cpu": {"period": 33_333}}))?;
+    let updated = limits(&dir)?;
+    let is = updated.get("cpu.max").map(String::as_str);
+    ensure_eq!(is, Some("20666 33333"), "cpu.max of a period alone");
+    systemctl(&["daemon-reload"])?;
+    ensure_eq!(limits(&dir)?, updated, "a period alone after a reload");
+    update(&task, &json!({"cpu": {"quota": -1, "period": 33_333}}))?;
+    let updated = limits(&dir)?;
+    let is = updated.get("cpu.max").map(String::as_str);
+    ensure_eq!(is, Some("max 100000"), "cpu.max without a limit");
+    systemctl(&["daemon-reload"])?;
+    ensure_eq!(limits(&dir)?, updated, "no limit after a reload");
     task.finish()?;
     stop_slice("reload")?;
     Ok(())
