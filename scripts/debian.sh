@@ -3,6 +3,7 @@
 #
 #   debian_suites STATE SUITE…     prepares STATE (a directory) for these suites
 #   debian_fetch NAME SUITE DEST   unpacks NAME of SUITE into DEST, says its version
+#   debian_fetch_all SUITE DEST NAME…   the same of many, in a fraction of the time
 #
 # The apt sources are the machine's own with the suite changed: mirrors, proxies
 # and keys stay those of the machine.
@@ -57,4 +58,15 @@ debian_fetch() {
     dpkg -x "$debian_state/deb/$1_"*.deb "$3"
     echo "$1: $(dpkg-deb -f "$debian_state/deb/$1_"*.deb Version)"
     rm -f "$debian_state/deb/$1_"*.deb
+}
+
+debian_fetch_all() {
+    debian_suite=$1 debian_dest=$2; shift 2
+    rm -rf "$debian_state/all" && mkdir -p "$debian_state/all"
+    (cd "$debian_state/all" && debian_apt apt-get download $(printf "%s/$debian_suite " "$@")) || return 1
+    for debian_file in "$debian_state"/all/*.deb; do
+        dpkg -x "$debian_file" "$debian_dest" || return 1
+    done
+    echo "$* of $debian_suite"
+    rm -rf "$debian_state/all"
 }

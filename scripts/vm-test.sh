@@ -28,13 +28,13 @@ failed=0
 for where in "$@"; do
   list=$here/tests/vm-trials.txt
   program=(sh -c 'uname -r; cat /proc/1/comm; "$0" && exec "$1" --skip in_no_time' "$trials" "$guard")
-  unset VM_SYSTEMD VM_APPEND CASEMATE_TEST_SLICE CASEMATE_TEST_SELINUX
+  unset VM_SYSTEMD VM_APPEND CASEMATE_TEST_NODE CASEMATE_TEST_SLICE CASEMATE_TEST_SELINUX
   if [ "${where#*:}" != "$where" ]; then
     program=(sh -c 'uname -r; cat /proc/1/comm; exec "$0"' "$trials")
   fi
   if [ "${where#*:}" = systemd ]; then
     list=$here/tests/vm-systemd-trials.txt
-    export VM_SYSTEMD=1 CASEMATE_TEST_SLICE=casemate_vm-tests.slice
+    export VM_SYSTEMD=1 CASEMATE_TEST_SLICE=casemate_vm-tests.slice CASEMATE_TEST_NODE=1
   fi
   if [ "${where#*:}" = selinux ]; then
     list=$here/tests/vm-selinux-trials.txt
@@ -45,6 +45,6 @@ for where in "$@"; do
     export VM_APPEND="casemate.without=nf_tables"
   fi
   export CASEMATE_TEST_LIST=$list VM_COPY="$copy $list"
-  VM_SECONDS=${VM_SECONDS:-600} "$here/scripts/vm.sh" "${where%%:*}" "${program[@]}" || failed=1
+  VM_SECONDS=${VM_SECONDS:-1200} "$here/scripts/vm.sh" "${where%%:*}" "${program[@]}" || failed=1
 done
 exit "$failed"

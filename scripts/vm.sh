@@ -132,9 +132,8 @@ if [ -n "${VM_SYSTEMD:-}" ] && [ ! -e "$system/ready" ]; then
   debian_suites "$dir/apt-$suite" "$suite" >&2
   libraries=$(debian_apt apt-cache depends --recurse --no-suggests --no-conflicts --no-breaks \
     --no-replaces --no-enhances --no-recommends systemd | grep -E '^lib' | grep -v : | sort -u)
-  for package in systemd $libraries; do
-    debian_fetch "$package" "$suite" "$system/root" >&2
-  done
+  # shellcheck disable=SC2086 # Names.
+  debian_fetch_all "$suite" "$system/root" systemd $libraries >&2
   # Nothing here is for them to set up.
   rm -rf "$system"/root/{usr/,}lib/systemd/system-generators
   touch "$system/ready"
@@ -163,7 +162,8 @@ trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null; rm -rf "$run"' EXIT
   # What service managers give to containerd.
   printf 'ulimit -n 65536\ncd %q || exit\n' "$PWD"
   printf '%q ' "$@"
-  printf '\necho "casemate-vm exit $?"\necho o >/proc/sysrq-trigger\nsleep 60\n'
+  # On a line of its own: newer systemd writes to the console, too, without ending its line.
+  printf '\ncode=$?\necho\necho "casemate-vm exit $code"\necho o >/proc/sysrq-trigger\nsleep 60\n'
 } >"$run/command"
 if [ -n "${VM_SYSTEMD:-}" ]; then
   echo /usr/lib/systemd/systemd >"$run/program"

@@ -46,6 +46,13 @@ impl Said {
         let last = text.trim().lines().next_back().unwrap_or("it said nothing");
         one_line(last).chars().take(400).collect()
     }
+
+    /// The first thing that it complained of, in one line.
+    fn head(&self) -> String {
+        let first = self.err.trim().lines().next();
+        let first = first.unwrap_or("it said nothing");
+        one_line(first).chars().take(400).collect()
+    }
 }
 
 /// Runs a program to its end, or to the limit's, in a process group of its own.
@@ -164,22 +171,13 @@ pub fn restart(how: &Restarting, layout: &Layout) -> Option<Result<(), RunError>
     if how.no_restart {
         return None;
     }
-    let mut command = match &how.restart_command {
-        Some(text) => {
-            let mut command = Command::new("/bin/sh");
-            command.args(["-c", text]);
-            command
-        }
-        None => {
-            let mut command = Command::new("systemctl");
-            // --host-root is the host's root, whatever systemctl makes of it.
-            command.env("SYSTEMD_IGNORE_CHROOT", "1");
-            command.args(["restart", how.unit.as_ref().unwrap_or(&layout.unit)]);
-            command
-        }
-    };
     let shown = describe(how, layout);
     let limit = Duration::from_secs(how.timeout.saturating_add(30));
+    let Some(text) = &how.restart_command else {
+        return Some(by_systemd(how.unit(layout), limit));
+    };
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", text]);
     Some(match bounded(&mut command, limit) {
         Ok(said) if said.success => Ok(()),
         Ok(said) => Err(RunError::Refused(format!(
@@ -187,20 +185,41 @@ pub fn restart(how: &Restarting, layout: &Layout) -> Option<Result<(), RunError>
             said.tail()
         ))),
         Err(error) => Err(RunError::Refused(format!(
+            "restart containerd: {shown}: {error}"
+        ))),
+    })
+}
+
+fn by_systemd(unit: &str, limit: Duration) -> Result<(), RunError> {
+    let systemctl = |verb: &str| {
+        let mut command = Command::new("systemctl");
+        // --host-root is the host's root, whatever systemctl makes of it.
+        command.env("SYSTEMD_IGNORE_CHROOT", "1").args([verb, unit]);
+        bounded(&mut command, limit)
+    };
+    // systemd counts starts, also those that a configuration of ours made fail, and
+    // refuses the one that is too many: the way back would end without containerd.
+    let _never_failed = systemctl("reset-failed");
+    let shown = format!("systemctl restart {unit}");
+    match systemctl("restart") {
+        Ok(said) if said.success => Ok(()),
+        Ok(said) => Err(RunError::Refused(format!(
+            "restart containerd: {shown}: {}; journalctl -u {unit} has the reason, --unit names \
+             another service",
+            said.head().trim_end_matches('.')
+        ))),
+        Err(error) => Err(RunError::Refused(format!(
             "restart containerd: {shown}: {error}; without systemd, use --restart-command or \
              --no-restart"
         ))),
-    })
+    }
 }
 
 /// The command, for people.
 pub fn describe(how: &Restarting, layout: &Layout) -> String {
     match &how.restart_command {
         Some(text) => one_line(text),
-        None => format!(
-            "systemctl restart {}",
-            how.unit.as_ref().unwrap_or(&layout.unit)
-        ),
+        None => format!("systemctl restart {}", how.unit(layout)),
     }
 }
 

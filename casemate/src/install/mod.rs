@@ -121,6 +121,13 @@ pub struct Restarting {
     timeout: u64,
 }
 
+impl Restarting {
+    /// The unit that systemd would restart.
+    fn unit<'a>(&'a self, layout: &'a layout::Layout) -> &'a str {
+        self.unit.as_deref().unwrap_or(&layout.unit)
+    }
+}
+
 /// `casemate install`.
 #[derive(Debug, Args)]
 pub struct Install {

@@ -20,7 +20,6 @@ trials! {
     install_on_a_read_only_usr,
     install_links_must_be_in_the_path_of_an_old_containerd,
     install_on_a_read_only_opt,
-    install_by_the_template_of_k3s,
     install_without_cgroups_to_write,
     install_killed_while_containerd_restarts,
     install_killed_in_its_proof,
@@ -124,71 +123,6 @@ fn install_on_a_read_only_opt() -> Outcome {
     node.must("uninstall", &["--prefix", &prefix])?;
     same("after uninstall", &before, &node.tree())?;
     drop(read_only);
-    Ok(())
-}
-
-/// What k3s and rke2 do at each start: containerd's configuration is made of a template
-/// if there is one, and of their own, which the template may ask for.
-fn install_by_the_template_of_k3s() -> Outcome {
-    for (generation, template) in [
-        (Generation::V1_7, "config.toml.tmpl"),
-        (Generation::V2_1, "config-v3.toml.tmpl"),
-    ] {
-        let node = Node::new(generation)?;
-        let etc = node.dir.join("var/lib/rancher/k3s/agent/etc/containerd");
-        fs::create_dir_all(&etc)?;
-        let own = node.dir.join("own.toml");
-        // Theirs names runc, which containerd up to 1.7 forgets when there is another.
-        let runc = "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n  \
-                    runtime_type = \"io.containerd.runc.v2\"\n";
-        let mut text = fs::read_to_string(node.config())?;
-        if generation == Generation::V1_7 {
-            text.push_str(runc);
-        }
-        fs::write(&own, text)?;
-        fs::remove_file(node.config())?;
-        let (own, etc, config) = (own.display(), etc.display(), node.config());
-        let render = format!(
-            "if [ -e {etc}/{template} ]; then\n\
-             sed -e '/{{{{ template \"base\" . }}}}/{{r {own}' -e 'd}}' {etc}/{template}\n\
-             else cat {own}; fi >{etc}/config.toml\ncp {etc}/config.toml {}\n",
-            config.display()
-        );
-        let script = fs::read_to_string(node.dir.join("restart"))?;
-        fs::write(node.dir.join("restart"), format!("{render}{script}"))?;
-        node.up()?;
-        let address = node.dir.join("run/containerd/containerd.sock");
-        let address = address.display().to_string();
-        let more = ["--address", address.as_str()];
-        let before = node.tree();
-
-        let said = node.must("install", &more)?;
-        ensure!(
-            said.contains(template)
-                && said.contains("restart: containerd is back, and has loaded the handler")
-                && said.contains("proof: a container of class strict ran"),
-            "install: {said}"
-        );
-        ensure!(
-            node.dump()?.contains("runtimes.casemate-strict]"),
-            "no handler after a restart"
-        );
-        let said = node.must("install", &more)?;
-        ensure!(said.contains("restart: not needed"), "again: {said}");
-        node.must("uninstall", &more)?;
-        same("after uninstall", &before, &node.tree())?;
-
-        // A template of the operator's own keeps what it has.
-        let path = node.dir.join("var/lib/rancher/k3s/agent/etc/containerd");
-        let path = path.join(template);
-        let mine = "# mine\n{{ template \"base\" . }}\n";
-        fs::write(&path, mine)?;
-        node.must("install", &more)?;
-        let with = fs::read_to_string(&path)?;
-        ensure!(with.starts_with(mine), "{}: {with}", path.display());
-        node.must("uninstall", &more)?;
-        ensure_eq!(fs::read_to_string(&path)?, mine, "the operator's template");
-    }
     Ok(())
 }
 

@@ -6,7 +6,9 @@ mod hard;
 mod image;
 mod life;
 mod node;
+mod service;
 mod stepper;
+mod templates;
 
 use casemate_tests::generation::Generation;
 use casemate_tests::skip::trial;
@@ -17,6 +19,8 @@ pub fn trials() -> Vec<Trial> {
     all.extend(hard::trials());
     all.extend(image::trials());
     all.extend(life::trials());
+    all.extend(service::trials());
+    all.extend(templates::trials());
     for generation in Generation::ALL {
         let name = format!("install_and_back_{}", generation.tag());
         all.push(trial(&name, move || life::and_back(generation)));
