@@ -228,6 +228,7 @@ mod tests {
         let entry = |outcome: &str, daemons: &[&str]| Entry {
             outcome: outcome.to_owned(),
             daemons: daemons.iter().map(|d| (*d).to_owned()).collect(),
+            took: 0,
         };
         let results = BTreeMap::from([
             ("c001_x".to_owned(), entry("passed", &[])),

@@ -86,8 +86,8 @@ use libtest_mimic::{Arguments, Trial};
 
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
-    // Two cores are the usual machine; more threads only blur the times.
-    args.test_threads = args.test_threads.or(Some(2));
+    // Two cores are the usual machine, but trials wait more than they compute.
+    args.test_threads = args.test_threads.or(Some(4));
     let mut trials: Vec<Trial> = [
         bootstrap::trials(),
         bootstrap_shim::trials(),
@@ -231,6 +231,7 @@ fn main() -> ExitCode {
     for (name, reason) in skip::unsteady() {
         println!("{name}: unsteady: tried again after: {reason}");
     }
+    println!("{}", longest());
     if !listed && World::get().is_ok_and(World::is_casemate) {
         // Elsewhere than in the source tree there is no place for them.
         let whole = args.filter.is_none() && args.skip.is_empty();
@@ -270,6 +271,17 @@ fn chosen<'a>(
             false => Err(format!("no trial {name}")),
         })
         .collect()
+}
+
+/// The trials that took longest, for whoever wants the run to be shorter.
+fn longest() -> String {
+    let all = results::longest();
+    let told: Vec<String> = all
+        .iter()
+        .take(40)
+        .map(|(name, took)| format!("{name} {}.{} s", took / 1000, took % 1000 / 100))
+        .collect();
+    format!("longest: {}", told.join(", "))
 }
 
 /// Prints the closing line and turns it into an exit code.

@@ -231,7 +231,8 @@ fn c116_target_container() -> Outcome {
         ensure_eq!(ended.exit_status, 137, "exit status of {}", task.id);
     }
     ensure!(procs::identity(late).is_none(), "an exec lives on");
-    let exits = pod.wait_for_exits(4)?;
+    // With "list" and the second debugger before these three.
+    let exits = pod.wait_for_exits(5)?;
     let place = |id: &str| exits.iter().position(|(_, process, _)| process == id);
     ensure!(
         place("late").is_some() && place("late") < place(&debug.id),
