@@ -10,7 +10,6 @@
 #   make learned         servers under profiles that their own load made: docs/learning.md's table with WRITE=1
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd, SELinux or no nf_tables
 #   make kube-test       runtimeclass/ on a real API server; the first time it is built, a quarter of an hour
-#   make cluster-test    a whole cluster with a real kubelet: the DaemonSet installs, pods run; built as that is
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
 #   make docs            what the pages tell to type, and their links, tried
@@ -23,13 +22,21 @@
 ARCH    := $(shell uname -m)
 TARGET  := $(or $(CARGO_TARGET_DIR),target)/$(ARCH)-unknown-linux-gnu
 CARGO   ?= cargo
+QUICK   ?= --bins
 T       ?=
 CMD     ?=
 BINARIES = casemate casemate-agent containerd-shim-casemate-v2
 
+# One set of packages in every call of cargo: another set has other features, and what
+# all stand on would be compiled once more for it. So what is built or tested is chosen
+# by target: all tests but those of tests/tests, which have commands of their own.
+BUILD    = $(CARGO) build --profile quick --locked --workspace
+TEST     = $(CARGO) test --profile quick --locked --workspace
+UNIT     = $(basename $(wildcard */tests/*.rs)) $(patsubst %/main.rs,%,$(filter-out tests/%,$(wildcard */tests/*/main.rs)))
+
 VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux bookworm:bare sid sid:systemd sid:selinux sid:bare
 
-.PHONY: help build quick check unit deny test daemons e2e e2e-older conformance compat compatibility learned kube kube-test cluster cluster-test vm-test docs docs-tables probes run bench image dist clean
+.PHONY: help build quick check lint unit deny test daemons e2e e2e-older conformance compat compatibility learned kube kube-test vm-test docs docs-tables probes run bench image dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -40,17 +47,17 @@ build:
 # The profile that tests use: as release in behaviour, built in a fraction of
 # the time.
 quick:
-	$(CARGO) build --profile quick --locked --workspace --bins
+	$(BUILD) $(QUICK)
 
-check:
+check: lint unit deny
+
+lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --profile quick --locked --workspace --all-targets -- -D warnings
-	$(MAKE) unit
-	$(MAKE) deny
 
 unit: quick
-	$(CARGO) test --profile quick --locked --workspace --exclude casemate-tests
-	$(CARGO) test --profile quick --locked -p casemate-tests --lib --bins
+	$(TEST) --lib --bins $(addprefix --test ,$(notdir $(UNIT)))
+	$(TEST) --doc
 
 deny:
 	@scripts/deny.sh
@@ -64,41 +71,41 @@ daemons:
 
 e2e: quick daemons
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- $(T)
+	  $(TEST) --test e2e -- $(T)
 
-conformance:
-	$(CARGO) run --profile quick --locked -q -p casemate-tests --bin testbed -- conformance
+conformance: quick
+	$(TARGET)/quick/testbed conformance
 
 # The ways that kernels before 6.17 need, on this one.
 e2e-older: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_TEST_LIST=$(CURDIR)/tests/vm-trials.txt \
 	  CASEMATE_CONFIG=$(CURDIR)/tests/older-kernel.toml \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e
+	  $(TEST) --test e2e
 
 # Real programs under each profile: some, or all of them and the page about it.
 compat: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test compat -- some $(T)
+	  $(TEST) --test compat -- some $(T)
 
 compatibility: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_WRITE_DOCS=$(if $(T),,1) \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test compat -- all $(T)
+	  $(TEST) --test compat -- all $(T)
 
 # nginx, redis, PostgreSQL and a Python service, each under what it was learned to call.
 learned: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_WRITE_DOCS=$(if $(T),,$(WRITE)) \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test compat -- learned $(T)
+	  $(TEST) --test compat -- learned $(T)
 
 vm-test: quick
-	$(CARGO) test --profile quick --locked -p casemate-tests --test e2e --no-run
-	$(CARGO) test --profile quick --locked -p casemate-netguard --test kernel --no-run
+	$(TEST) --test e2e --no-run
+	$(TEST) --test kernel --no-run
 	@TARGET=$(abspath $(TARGET)/quick) scripts/vm-test.sh $(VM_SUITES)
 
 # The links of all pages, and what stands in blocks that say "sh test".
 docs: quick
-	$(CARGO) test --profile quick --locked -p casemate-tests --lib pages_
+	$(TEST) --lib pages_
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- pages_
+	  $(TEST) --test e2e -- pages_
 
 # Without the build trials that need the server are skipped.
 # The feature kubernetes needs some seventy crates more: its lints aren't in `make check`.
@@ -112,32 +119,17 @@ kube: quick
 	@[ ! -x target/kube/kube-apiserver ] || \
 	  $(CARGO) build --profile quick --locked -p casemate --features kubernetes
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test kube -- $(T)
-
-# etcd, API server, controllers, scheduler, kubelet and containerd, as a node of their own.
-# CONTAINERD=1.7 has another of the test bed's, KEEP=DIR the logs of all of them.
-CONTAINERD ?= 2.1
-KEEP       ?=
-cluster-test: daemons
-	@scripts/apiserver.sh
-	$(MAKE) cluster
-
-cluster: quick
-	$(CARGO) build --profile quick --locked -p casemate --features kubernetes
-	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_TEST_CLUSTER=$(CONTAINERD) \
-	  CASEMATE_TEST_KEEP=$(KEEP) \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test cluster -- $(T)
+	  $(TEST) --test kube -- $(T)
 
 docs-tables:
-	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-spec --test documents
-	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate --bins
-	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p casemate-tests --lib ledger
-	CASEMATE_WRITE_DOCS=1 $(CARGO) test --profile quick --locked -p seccomp-profiles --test surface
+	CASEMATE_WRITE_DOCS=1 $(TEST) --test documents --test surface
+	CASEMATE_WRITE_DOCS=1 $(TEST) --bin casemate
+	CASEMATE_WRITE_DOCS=1 $(TEST) --lib ledger
 
 probes: quick
 	@scripts/packages.sh
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_WRITE_DOCS=1 \
-	  $(CARGO) test --profile quick --locked -p casemate-tests --test e2e -- probes_
+	  $(TEST) --test e2e -- probes_
 
 run:
 	@CMD='$(subst ','\'',$(CMD))' scripts/run.sh

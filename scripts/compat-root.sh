@@ -26,7 +26,16 @@ for file in "${files[@]}"; do
 done
 packages=$(printf '%s\n' $packages | sort -u)
 want=$(printf '%s\n' "$packages" "$(cat "$0")" | sha256sum | cut -c1-16)
-if [ -e "$dir/ready" ] && [ "$(cat "$dir/ready")" = "$want" ]; then
+ready() { [ "$(cat "$dir/ready" 2>/dev/null)" = "$want" ]; }
+if ready; then
+  echo "$dir/root"
+  exit
+fi
+# One at a time: they share what they download.
+mkdir -p "$here/target/compat"
+exec 9>"$here/target/compat/lock"
+flock 9
+if ready; then
   echo "$dir/root"
   exit
 fi

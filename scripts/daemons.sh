@@ -50,7 +50,7 @@ place() {
 
 build() {
     for program in containerd ctr; do
-        GOBIN=$prefix/new CGO_ENABLED=0 timeout 240 \
+        GOBIN=$prefix/new CGO_ENABLED=0 timeout 600 \
             go install "github.com/containerd/containerd/v2/cmd/$program@$1" || return 1
     done
     "$prefix/new/containerd" --version
