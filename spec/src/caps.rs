@@ -47,6 +47,9 @@ pub const NAMES: [&str; 41] = [
     "CAP_CHECKPOINT_RESTORE",
 ];
 
+/// Tracing, and reading other processes' memory.
+pub const SYS_PTRACE: u64 = 1 << 19;
+
 /// All capabilities that exist.
 pub const ALL: u64 = (1 << NAMES.len()) - 1;
 

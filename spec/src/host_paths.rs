@@ -286,6 +286,21 @@ impl Owner {
         }
     }
 
+    /// Whether `path` is in the mount of an image that is a volume of this very
+    /// sandbox's: `…/io.containerd.…/image-volumes/ID/IMAGE`, and what is in the image.
+    fn has_image_volume(&self, path: &str) -> bool {
+        let Some((home, rest)) = path.split_once("/image-volumes/") else {
+            return false;
+        };
+        let plugin = home.rsplit('/').next();
+        let mut parts = rest.split('/');
+        plugin.is_some_and(|plugin| plugin.starts_with("io.containerd."))
+            && parts
+                .next()
+                .is_some_and(|id| self.sandbox.as_deref() == Some(id))
+            && parts.next().is_some_and(|image| !image.is_empty())
+    }
+
     /// Whether `path` is a file of this very sandbox's, as containerd makes them
     /// below its root or state: `…/io.containerd.…/sandboxes/ID/shm`.
     fn has_sandbox_file(&self, path: &str) -> bool {
@@ -347,7 +362,8 @@ pub fn own(source: &Source, owner: &Owner, kubelet: &Named) -> Result<Option<()>
         let detail = format!("{} (this pod's uid is {uid})", source.path);
         return Err(refusal(&HOST_PATH_POD, source, detail));
     }
-    Ok(owner.has_sandbox_file(&source.path).then_some(()))
+    let containerds = owner.has_sandbox_file(&source.path) || owner.has_image_volume(&source.path);
+    Ok(containerds.then_some(()))
 }
 
 /// Decides over sources that aren't the pod's own.

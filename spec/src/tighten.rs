@@ -346,10 +346,13 @@ fn refuse_privileged(spec: &Spec, linux: &Linux) -> Result<(), Refusal> {
 }
 
 /// What container engines grant to everybody is dropped where the policy hasn't
-/// it, as nobody may have asked for it. More than that somebody has.
+/// it, as nobody may have asked for it; and so is what `kubectl debug` asks for by its
+/// default profile, since tracing is refused in here either way. More than that somebody
+/// has asked for.
 fn refuse_capabilities(asked: u64, granted: u64, config: &Config) -> Result<(), Refusal> {
     let config = &config.capabilities;
-    let more = asked & caps::ALL & !(config::engine_capabilities() | config.allow | granted);
+    let unasked = config::engine_capabilities() | caps::SYS_PTRACE;
+    let more = asked & caps::ALL & !(unasked | config.allow | granted);
     if more == 0 || config.beyond == Beyond::Drop {
         return Ok(());
     }

@@ -193,6 +193,32 @@ fn every_capability_is_cut_to_the_policy_and_only_that() {
 }
 
 #[test]
+fn what_kubectl_debug_asks_for_is_dropped_and_what_goes_beyond_is_refused() {
+    let asking = |names: &[&str]| {
+        let bytes = with(
+            CTR_1_6,
+            &[
+                ("/process/capabilities/bounding", json!(names)),
+                ("/process/capabilities/effective", json!(names)),
+                ("/process/capabilities/permitted", json!(names)),
+            ],
+        );
+        policy(&bytes, &config(""))
+    };
+    let tightened = asking(&["CAP_CHOWN", "CAP_SYS_PTRACE"]).unwrap();
+    assert_eq!(caps::names(tightened.process.caps.bounding), ["CAP_CHOWN"]);
+    assert_eq!(
+        tightened.warnings,
+        ["process.capabilities: beyond the policy, dropped: CAP_SYS_PTRACE"]
+    );
+    let refusal = asking(&["CAP_SYS_PTRACE", "CAP_SYS_ADMIN"]).unwrap_err();
+    assert!(
+        refusal.to_string().contains(": CAP_SYS_ADMIN ("),
+        "{refusal}"
+    );
+}
+
+#[test]
 fn a_capability_of_a_later_kernel_is_dropped_with_a_warning() {
     let bytes = with(
         CTR_1_6,

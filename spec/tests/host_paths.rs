@@ -323,6 +323,27 @@ fn of_containerds_directory_a_pod_has_its_own_sandbox_alone() {
 }
 
 #[test]
+fn of_images_that_are_volumes_a_pod_has_its_own_alone() {
+    let kubelet = Named {
+        name: "/k".into(),
+        path: "/k".into(),
+    };
+    let known = |path: &str, owner: &Owner| own(&source(path), owner, &kubelet).unwrap();
+    let base = "/run/containerd/io.containerd.grpc.v1.cri/image-volumes";
+    for path in ["8a1f/sha256:1", "8a1f/sha256:1/models/small"] {
+        let path = format!("{base}/{path}");
+        assert_eq!(known(&path, &owner()), Some(()), "{path}");
+        assert_eq!(known(&path, &Owner::default()), None, "{path}");
+    }
+    for path in ["", "8a1f", "8a1f/", "8a1e/sha256:1", "x/8a1f/sha256:1"] {
+        let path = format!("{base}/{path}");
+        assert_eq!(known(&path, &owner()), None, "{path}");
+    }
+    let elsewhere = "/run/containerd/other/image-volumes/8a1f/sha256:1";
+    assert_eq!(known(elsewhere, &owner()), None);
+}
+
+#[test]
 fn a_pods_uid_is_found_where_containerd_doesnt_say_it() {
     let uid = |cgroup: &str, kind: &str| {
         let bytes = with(

@@ -303,7 +303,7 @@ impl Sandbox {
             .transpose()?;
 
         let hierarchy = Hierarchy::detect().map_err(cgroup_error)?;
-        let path = place::agent_place(&spec.cgroups_path, &request.pod_id);
+        let path = place::agent_place(&spec.cgroups_path, spec.pod.kind, &request.pod_id);
         let begun = place::begin(&hierarchy, &journal, "", &path, None)?;
         let (cgroup, holder) = begun.finish_now()?;
         let shim = std::env::current_exe().step("find", "the shim's own binary")?;

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use casemate_cgroup::{Cgroup, Hierarchy, Scope, systemd};
+use casemate_spec::Kind;
 use oci_spec::runtime::LinuxResources;
 use tokio::time::Instant;
 
@@ -139,29 +140,37 @@ pub async fn keep_limits(cgroup: &Cgroup, resources: &LinuxResources) -> Result<
     Ok(())
 }
 
-/// The agent's own leaf, beside the pod's first container and below the same
-/// parent: the pod's limits cover it, no container's do.
-pub(super) fn agent_place(container: &str, pod_id: &str) -> String {
-    if let Ok(Some(scope)) = Scope::parse(container) {
+/// The agent's own leaf: the pod's limits cover it, no container's do. Where CRI names
+/// one for the sandbox, that: nobody else is in it, and cAdvisor, whose word about a
+/// pod's network the kubelet takes, looks for the sandbox's id there. Else beside the
+/// pod's first container and below the same parent.
+pub(super) fn agent_place(first: &str, kind: Kind, pod_id: &str) -> String {
+    if kind == Kind::Sandbox {
+        return first.to_owned();
+    }
+    if let Ok(Some(scope)) = Scope::parse(first) {
         return format!("{}:casemate:{pod_id}", scope.slice());
     }
-    let parent = container.rsplit_once('/').map_or("", |(parent, _)| parent);
+    let parent = first.rsplit_once('/').map_or("", |(parent, _)| parent);
     format!("{parent}/casemate-{pod_id}")
 }
 
 #[cfg(test)]
 mod tests {
+    use casemate_spec::Kind;
+
     use super::agent_place;
 
     #[test]
-    fn the_agent_is_beside_its_first_container_in_either_form() {
+    fn the_agent_is_where_the_sandbox_is_or_beside_its_first_container() {
         for (container, agent) in [
             ("/a/b/c", "/a/b/casemate-p"),
             ("/c", "/casemate-p"),
             ("a-b.slice:cri-containerd:c", "a-b.slice:casemate:p"),
             (":x:c", "system.slice:casemate:p"),
         ] {
-            assert_eq!(agent_place(container, "p"), agent);
+            assert_eq!(agent_place(container, Kind::Single, "p"), agent);
+            assert_eq!(agent_place(container, Kind::Sandbox, "p"), container);
         }
     }
 }

@@ -211,7 +211,7 @@ fn c140_made_as_the_configuration_says() -> Outcome {
     pod.create(&request)?;
     let pid = pod.start()?.pid;
     let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let place = format!("{parent}/casemate-{}", pod.id());
+    let place = format!("{parent}/{}", pod.id());
     ensure!(
         cgroup.lines().any(|line| line.ends_with(&place)),
         "the agent isn't in {place}: {cgroup}"

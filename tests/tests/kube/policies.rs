@@ -321,7 +321,7 @@ fn debug_containers_get_no_more_than_the_pod() -> Outcome {
             "privileged containers are refused",
         ),
         (
-            json!({"capabilities": {"add": ["SYS_PTRACE"]}}),
+            json!({"capabilities": {"add": ["SYS_PTRACE", "SYS_ADMIN"]}}),
             "added capabilities",
         ),
         (
@@ -339,6 +339,8 @@ fn debug_containers_get_no_more_than_the_pod() -> Outcome {
     for context in [
         json!({}),
         json!({"runAsUser": 8, "capabilities": {"drop": ["ALL"]}}),
+        // By the default profile of kubectl debug.
+        json!({"capabilities": {"add": ["SYS_PTRACE"]}}),
     ] {
         if let Err(said) = debug(&context)? {
             return fail(format!("{context} is refused: {said}"));

@@ -206,6 +206,15 @@ fn c113_nothing_is_left(cri: &Cri) -> Outcome {
     pod.exec_sh(&container, "true")?;
     let cgroups = config::cgroups(&pod.config);
     ensure!(!cgroups.is_empty(), "the pod has no cgroup of its own");
+    // By its name the kubelet finds whose network to count.
+    for dir in &cgroups {
+        ensure!(
+            dir.join(&pod.id).is_dir(),
+            "no cgroup {} of the sandbox in {}",
+            pod.id,
+            dir.display()
+        );
+    }
     ensure!(
         !leaks::with_mark(&container).is_empty(),
         "nothing while it runs"
