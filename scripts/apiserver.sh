@@ -1,11 +1,12 @@
 #!/bin/sh
-# Builds what the tests of runtimeclass/ and of the node's labels need: a real API
-# server with etcd, kubectl and helm, from their Go modules, into a directory of their
-# own. Nothing is installed or started: the tests do that, on ports of their own.
+# Builds what the tests of runtimeclass/, of the node's labels and of a whole cluster
+# need: a real API server with etcd, kubectl, helm, controllers, scheduler and kubelet,
+# from their Go modules, into a directory of their own. Nothing is installed or started:
+# the tests do that, on ports or in a network of their own.
 #
 #   scripts/apiserver.sh [PREFIX]      (default: target/kube)
 #
-# It takes a quarter of an hour on two cores, once. What is there already is left as
+# It takes some twenty minutes on two cores, once. What is there already is left as
 # it is; without Go, or where a module can't be had, the tests say that they skip.
 set -eu
 
@@ -19,7 +20,11 @@ etcd=v3.6.8
 helm=v3.21.4
 
 lacks() { [ ! -x "$prefix/$1" ]; }
-complete() { ! { lacks etcd || lacks kube-apiserver || lacks kubectl || lacks helm; }; }
+complete() {
+    for program in etcd kube-apiserver kubectl kube-controller-manager kube-scheduler kubelet helm; do
+        ! lacks "$program" || return 1
+    done
+}
 ! complete || exit 0
 if ! command -v go >/dev/null; then
     echo "apiserver: no Go here: the tests with an API server are skipped" >&2
@@ -62,6 +67,9 @@ if staging 2>"$prefix/go.log" &&
     make etcd go.etcd.io/etcd/server/v3 &&
     make kube-apiserver k8s.io/kubernetes/cmd/kube-apiserver &&
     make kubectl k8s.io/kubernetes/cmd/kubectl &&
+    make kubelet k8s.io/kubernetes/cmd/kubelet &&
+    make kube-controller-manager k8s.io/kubernetes/cmd/kube-controller-manager &&
+    make kube-scheduler k8s.io/kubernetes/cmd/kube-scheduler &&
     { ! lacks helm || GOBIN=$build CGO_ENABLED=0 nice -n 15 timeout 1200 \
         go install -ldflags "-s -w" "helm.sh/helm/v3/cmd/helm@$helm" 2>"$prefix/go.log"; }; then
     ! lacks helm || mv "$build/helm" "$prefix/helm"

@@ -1,0 +1,301 @@
+//! The DaemonSet of `runtimeclass/` as it comes: the kubelet runs it, it installs on the
+//! node that it finds, restarts its containerd, proves and labels; and the way back.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use casemate_tests::run::until;
+use casemate_tests::skip::{Outcome, Stop, trial};
+use casemate_tests::{ensure, ensure_eq};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::kube::{Class, Cluster, SLOW, alone, cluster, last, steady};
+
+crate::cluster_trials![
+    pods_wait_until_the_installer_is_done,
+    installer_serves_metrics,
+    installer_again_changes_nothing,
+];
+
+/// What comes when everything else has ended.
+pub fn last_trials() -> Vec<Trial> {
+    vec![trial(
+        "cluster_uninstall_leaves_the_node_as_it_was",
+        uninstall,
+    )]
+}
+
+const SYSTEM: &str = "casemate-system";
+
+/// The node's /etc, /opt and /usr/local, before anybody installed there.
+static BEFORE: Mutex<Option<BTreeSet<String>>> = Mutex::new(None);
+
+/// What is on the node that an installer could have changed.
+fn tree(cluster: &Cluster) -> Result<BTreeSet<String>, Stop> {
+    // Of what others have in /usr/local, names do.
+    let script = "find /etc /opt /var/lib/casemate -path /opt/cni -prune -o -type f \
+                  -exec sha256sum {} + 2>/dev/null; \
+                  find /opt /usr/local -path /opt/cni -prune -o -printf '%y %p %l\\n'";
+    let said = cluster.node.must(&["sh", "-c", script])?;
+    // The lock stays, as files that are locked have to.
+    let lines = said.lines().filter(|line| !line.contains("install/lock"));
+    Ok(lines.map(str::to_owned).collect())
+}
+
+/// The cluster with casemate on its node, by the DaemonSet; once in a run. What was
+/// seen on the way is what its trial is about.
+pub fn installed() -> Result<std::sync::Arc<Cluster>, Stop> {
+    static DONE: Mutex<Option<Result<(), String>>> = Mutex::new(None);
+    let cluster = cluster()?;
+    let mut done = DONE.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*done {
+        Some(Ok(())) => return Ok(cluster),
+        Some(Err(why)) => return casemate_tests::skip::fail(format!("no casemate here: {why}")),
+        None => {}
+    }
+    let installed = install(&cluster);
+    *done = Some(match &installed {
+        Ok(()) => Ok(()),
+        Err(Stop::Fail(why) | Stop::Skip(why)) => Err(why.clone()),
+    });
+    drop(done);
+    installed.map(|()| cluster)
+}
+
+const FIRST: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: first}
+spec:
+  CLASS
+  terminationGracePeriodSeconds: 0
+  containers:
+  - {name: c, image: IMAGE, command: [sleep, infinity]}
+";
+
+fn label(cluster: &Cluster) -> Result<Value, Stop> {
+    let node = cluster.object("", "node", "node1")?;
+    Ok(node["metadata"]["labels"]["casemate.io/ready"].clone())
+}
+
+fn install(cluster: &Cluster) -> Outcome {
+    let before = tree(cluster)?;
+    *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+    ensure_eq!(cluster.node.starts("containerd"), 1, "starts of containerd");
+    for part in ["namespace", "classes"] {
+        let dir = format!("runtimeclass/{part}");
+        cluster.must(&["apply", "--server-side", "-k", &dir], "")?;
+    }
+    cluster.apply(Class::Casemate, FIRST)?;
+    cluster.pod(Class::Casemate, "first", "unschedulable", |pod| {
+        let all = pod["status"]["conditions"].as_array();
+        all.is_some_and(|all| all.iter().any(|c| c["reason"] == "Unschedulable"))
+    })?;
+    // The rest of it: installer, policies, default class.
+    cluster.must(&["apply", "--server-side", "-k", "runtimeclass"], "")?;
+    until("the node's label", SLOW, || {
+        label(cluster).is_ok_and(|label| label == "true")
+    })
+    .map_err(|e| Stop::Fail(format!("{e}: {}", told(cluster))))?;
+    Ok(())
+}
+
+/// What the installer has said, and what is said of it.
+fn told(cluster: &Cluster) -> String {
+    let said = |args: &[&str]| {
+        let args = [&["-n", SYSTEM][..], args].concat();
+        let said = cluster.kubectl(&args);
+        said.map(|said| last(&(said.out() + &said.err())))
+            .unwrap_or_default()
+    };
+    let pods = "app.kubernetes.io/name=casemate";
+    format!(
+        "{} {}",
+        said(&["logs", "-l", pods, "--all-containers"]),
+        said(&["describe", "pods", "-l", pods])
+    )
+}
+
+fn pods_wait_until_the_installer_is_done() -> Outcome {
+    let cluster = installed()?;
+    let _steady = steady();
+    let pod = cluster.ready(Class::Casemate, "first")?;
+    ensure_eq!(pod["spec"]["overhead"]["memory"], "3Mi", "overhead");
+    // It really runs in a sandbox, which is as promised.
+    cluster.node.must(&["casemate", "posture", "first"])?;
+    let pods = cluster.node.must(&["casemate", "ps"])?;
+    ensure!(pods.contains("casemate/first"), "casemate ps: {pods}");
+    cluster.node.must(&["casemate", "doctor"])?;
+    // containerd was really restarted, once, with the node's own command.
+    ensure_eq!(cluster.node.starts("containerd"), 2, "starts of containerd");
+    let said = told(&cluster);
+    ensure!(
+        said.contains("label"),
+        "the installer says no label: {said}"
+    );
+    cluster.delete(Class::Casemate, "first")
+}
+
+/// The name of the installer's pod.
+fn pod(cluster: &Cluster) -> Result<String, Stop> {
+    let args = [
+        "-n",
+        SYSTEM,
+        "get",
+        "pods",
+        "-l",
+        "app.kubernetes.io/component=installer",
+        "-o",
+        "jsonpath={.items[0].metadata.name}",
+    ];
+    cluster.must(&args, "")
+}
+
+fn rolled_out(cluster: &Cluster) -> Outcome {
+    let args = [
+        "-n",
+        SYSTEM,
+        "rollout",
+        "status",
+        "daemonset/casemate-installer",
+        "--timeout=50s",
+    ];
+    until("the DaemonSet to be rolled out", SLOW, || {
+        cluster.kubectl(&args).is_ok_and(|said| said.code() == 0)
+    })
+    .map_err(|e| Stop::Fail(format!("{e}: {}", told(cluster))))?;
+    Ok(())
+}
+
+fn installer_serves_metrics() -> Outcome {
+    let cluster = installed()?;
+    let _steady = steady();
+    rolled_out(&cluster)?;
+    let text = FIRST.replace("first", "counted");
+    cluster.apply(Class::Casemate, &text)?;
+    cluster.ready(Class::Casemate, "counted")?;
+    let path = format!(
+        "/api/v1/namespaces/{SYSTEM}/pods/{}:9464/proxy/metrics",
+        pod(&cluster)?
+    );
+    let said = cluster.must(&["get", "--raw", &path], "")?;
+    ensure!(
+        said.lines()
+            .any(|line| line.contains("pod=\"counted\"") || line.contains("counted")),
+        "the pod isn't in the metrics: {said}"
+    );
+    cluster.delete(Class::Casemate, "counted")
+}
+
+/// A new pod of the DaemonSet, as after an upgrade to the same.
+fn installer_again_changes_nothing() -> Outcome {
+    let cluster = installed()?;
+    let _alone = alone();
+    rolled_out(&cluster)?;
+    let (starts, before) = (cluster.node.starts("containerd"), tree(&cluster)?);
+    let args = [
+        "-n",
+        SYSTEM,
+        "rollout",
+        "restart",
+        "daemonset/casemate-installer",
+    ];
+    cluster.must(&args, "")?;
+    rolled_out(&cluster)?;
+    ensure_eq!(
+        cluster.node.starts("containerd"),
+        starts,
+        "starts of containerd"
+    );
+    same(&before, &tree(&cluster)?)?;
+    ensure_eq!(label(&cluster)?, "true", "the label");
+    Ok(())
+}
+
+fn same(before: &BTreeSet<String>, after: &BTreeSet<String>) -> Outcome {
+    let differ: Vec<&String> = before.symmetric_difference(after).collect();
+    ensure!(differ.is_empty(), "not as it was: {differ:?}");
+    Ok(())
+}
+
+/// As `runtimeclass/job/uninstall.yaml` says in its head.
+fn job(cluster: &Cluster, end: &str) -> Result<String, Stop> {
+    let path = crate::kube::here().join(Path::new("runtimeclass/job/uninstall.yaml"));
+    let text = fs::read_to_string(path)?.replace("NODE", "node1");
+    cluster.must(&["apply", "--server-side", "-f", "-"], &text)?;
+    let name = "casemate-uninstall-node1";
+    until("the job's end", SLOW, || {
+        let job = cluster.object(SYSTEM, "job", name).unwrap_or_default();
+        let all = job["status"]["conditions"].as_array();
+        all.is_some_and(|all| {
+            all.iter()
+                .any(|c| c["type"] == end && c["status"] == "True")
+        })
+    })
+    .map_err(|e| Stop::Fail(format!("{end}: {e}: {}", told(cluster))))?;
+    let job = format!("job/{name}");
+    let said = cluster.must(&["-n", SYSTEM, "logs", &job], "")?;
+    cluster.must(&["-n", SYSTEM, "delete", &job, "--wait"], "")?;
+    Ok(said)
+}
+
+fn uninstall() -> Outcome {
+    let cluster = installed()?;
+    let _alone = alone();
+    let text = FIRST.replace("first", "stays");
+    cluster.apply(Class::Casemate, &text)?;
+    cluster.ready(Class::Casemate, "stays")?;
+    let args = [
+        "-n",
+        SYSTEM,
+        "delete",
+        "daemonset",
+        "casemate-installer",
+        "--wait",
+    ];
+    cluster.must(&args, "")?;
+    let unlabel = [
+        "label",
+        "node",
+        "node1",
+        "casemate.io/ready-",
+        "casemate.io/compat-",
+    ];
+    cluster.must(&unlabel, "")?;
+    // Not while somebody's sandbox runs.
+    let said = job(&cluster, "Failed")?;
+    ensure!(said.contains("run"), "it doesn't say who runs: {said}");
+    cluster.exec_ok(Class::Casemate, "stays", "true")?;
+    let args = ["-n", "casemate", "delete", "pods", "--all", "--wait"];
+    cluster.must(&args, "")?;
+    // A pod without a grace period is gone from the API before it is from the node.
+    until("the node's last sandbox to end", SLOW, || {
+        let said = cluster.node.must(&["casemate", "ps"]);
+        said.is_ok_and(|said| !said.contains("k8s.io"))
+    })?;
+    let starts = cluster.node.starts("containerd");
+    job(&cluster, "Complete")?;
+    ensure_eq!(
+        cluster.node.starts("containerd"),
+        starts + 1,
+        "starts of containerd"
+    );
+    let before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner);
+    same(
+        before.as_ref().unwrap_or(&BTreeSet::new()),
+        &tree(&cluster)?,
+    )?;
+    // Pods of the class wait again; others run.
+    let text = FIRST.replace("first", "late");
+    cluster.apply(Class::Casemate, &text)?;
+    cluster.pod(Class::Casemate, "late", "unschedulable", |pod| {
+        let all = pod["status"]["conditions"].as_array();
+        all.is_some_and(|all| all.iter().any(|c| c["reason"] == "Unschedulable"))
+    })?;
+    cluster.apply(Class::Runc, &text)?;
+    cluster.ready(Class::Runc, "late")?;
+    Ok(())
+}
