@@ -43,7 +43,7 @@ spec:
     - {name: empty, mountPath: /empty}
     - {name: empty, mountPath: /part, subPath: a/b}
     - {name: empty, mountPath: /part-of, subPathExpr: $(NODE)}
-    - {name: empty, mountPath: /read, readOnly: true, recursiveReadOnly: Enabled}
+    - {name: empty, mountPath: /read, readOnly: true, recursiveReadOnly: IfPossible}
     - {name: memory, mountPath: /memory}
     - {name: map, mountPath: /map}
     - {name: map, mountPath: /etc/f.conf, subPath: f.conf}
