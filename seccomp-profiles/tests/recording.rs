@@ -86,6 +86,8 @@ fn several_become_one() {
     second.call(nr("openat"), &[0; 6], 1);
     second.call(nr("sendfile"), &[0; 6], 1);
     second.bound(8080);
+    second.connected(6379);
+    second.path("/srv/www");
     second.lose(&Lost {
         unread: 2,
         ..Lost::default()
@@ -110,6 +112,12 @@ fn several_become_one() {
         web.ports_bound().iter().copied().collect::<Vec<_>>(),
         [80, 8080]
     );
+    assert_eq!(
+        web.ports_connected().iter().copied().collect::<Vec<_>>(),
+        [5432, 6379]
+    );
+    let directories: Vec<_> = web.directories().iter().map(String::as_str).collect();
+    assert_eq!(directories, ["/", "/etc", "/srv", "/usr"]);
     assert_eq!((web.lost().unread, web.lost().directories), (2, 1));
     assert_eq!((all.pods().count(), all.containers().count()), (2, 2));
     assert_eq!(Recording::parse(&all.to_json().unwrap()).unwrap(), all);

@@ -330,8 +330,7 @@ mod tests {
         notes.path(Err(Unread::Runtime), || true);
         notes.path(Err(Unread::Nothing), || true);
         notes.port(Err(Unread::Nothing), true, || true);
-        // Of somebody else by now.
-        assert!(!notes.port(Ok(9999), true, || false));
+        assert!(!notes.port(Ok(9999), true, || true));
         let mut all = Vec::new();
         while notes.has_news() {
             notes.tell(&ours, Which::All);
@@ -349,6 +348,19 @@ mod tests {
             unread: 2,
         };
         assert_eq!(all.last(), Some(&lost));
+    }
+
+    #[test]
+    fn what_was_read_of_somebody_else_is_not_kept() {
+        let mut notes = notes();
+        let srv = || Ok(Path::Below("srv".to_owned()));
+        // The caller has gone, and its pid may be another's since.
+        assert!(!notes.path(srv(), || false));
+        assert!(!notes.port(Ok(80), true, || false));
+        assert!(!notes.port(Ok(80), false, || false));
+        // So it is new when it is seen in earnest.
+        assert!(notes.path(srv(), || true) && !notes.path(srv(), || true));
+        assert!(notes.port(Ok(80), true, || true) && notes.port(Ok(80), false, || true));
     }
 
     #[test]
