@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 use casemate_sys::seccomp;
 use rustix::io::Errno;
@@ -262,8 +263,20 @@ fn namespaces(report: &mut Report, promise: &Promise, promised: &Container, name
     }
 }
 
+/// Whether it runs the forker's program: a process that hasn't executed another yet.
+/// Nobody in a container gets at that program.
+fn is_forkers(pid: u32, forker: u32) -> bool {
+    let program = |pid: u32| {
+        let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+        Some((file.dev(), file.ino()))
+    };
+    program(pid).is_some_and(|of| program(forker) == Some(of))
+}
+
 fn member(report: &mut Report, promised: &Container, pid: u32, user: u64, depth: Depth) {
     let forker = pid == promised.forker;
+    // Before anything else is looked at: it may execute meanwhile, and not go back.
+    let started = !forker && !is_forkers(pid, promised.forker);
     let role = match pid {
         _ if forker => "forker",
         _ if pid == promised.init => "init",
@@ -273,15 +286,17 @@ fn member(report: &mut Report, promised: &Container, pid: u32, user: u64, depth:
     let Some(status) = Status::of(pid).filter(|s| !s.ended()) else {
         return;
     };
-    let more = if forker {
-        promised.forker_capabilities
-    } else {
+    let more = if started {
         0
+    } else {
+        promised.forker_capabilities
     };
+    let mut own = promised.filters.clone();
+    own.extend(promised.last_filter.clone().filter(|_| started));
     let promises = Locks {
         capabilities: promised.capabilities | more,
         no_new_privs: promised.no_new_privs,
-        filters: promised.filters.len(),
+        filters: own.len(),
         exactly: false,
     };
     locks(report, &who, &status, &promises);
@@ -315,7 +330,7 @@ fn member(report: &mut Report, promised: &Container, pid: u32, user: u64, depth:
         core(report, &who, pid);
     }
     place::check(report, &who, pid, &promised.cgroups);
-    filters(report, &who, pid, &promised.filters, depth);
+    filters(report, &who, pid, &own, depth);
     if !forker {
         report.equal(format!("{who}: TracerPid"), &"0", &status.get("TracerPid"));
         descriptors::inside(report, &who, pid, promised.forker);

@@ -101,6 +101,8 @@ pub struct Container {
     /// [`hash`] of each filter that all of its processes have, the first
     /// installed in front; they may have more of their own.
     pub filters: Vec<String>,
+    /// [`hash`] of the one that each has next from its execve on: the forker hasn't.
+    pub last_filter: Option<String>,
     /// No process leaves a core file.
     pub no_core: bool,
     /// It is in a Landlock domain.

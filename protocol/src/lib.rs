@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use transport::{Channel, TransportError, read_plan, seal_plan};
 
 /// Version of these messages; a shim also speaks to agents one version back.
-pub const VERSION: u16 = 10;
+pub const VERSION: u16 = 11;
 /// The largest packet, in bytes.
 pub const MAX_PACKET: usize = 4096;
 /// The largest plan that a memfd may hold, in bytes.

@@ -73,6 +73,9 @@ pub struct LaunchPlan {
     /// down; empty: nothing is. [`LaunchPlan::filter`] is beside it then, and
     /// [`LaunchPlan::asks`] isn't: a process can have one listener.
     pub learns: Vec<u8>,
+    /// A hook's last filter, before it executes: takes back the calls that the others
+    /// let run for the forker's mark; empty: there are none.
+    pub closes: Vec<u8>,
 }
 
 /// What of a container's calls is written down. Numbers of calls and of arguments.
@@ -210,9 +213,10 @@ pub struct ProcessPlan {
     pub limits: Vec<Limit>,
     /// A new terminal of this size (0×0: unset) instead of the descriptors.
     pub terminal: Option<TerminalSize>,
-    /// The spec's own filter, stacked on ours.
+    /// The last filter, stacked on the container's: the spec's own, and without the
+    /// calls that the container's lets run for the forker's mark.
     pub filter: Vec<u8>,
-    /// Flags of seccomp(2) for the spec's filter.
+    /// Flags of seccomp(2) for it.
     pub filter_flags: u32,
     /// Policy and nice value for sched_setattr(2).
     pub scheduler: Option<(u32, i32)>,

@@ -100,6 +100,8 @@ pub fn container(plan: &LaunchPlan, who: &Who<'_>) -> Result<Locked, StepError> 
     let keep = match who {
         Who::Forker if plan.own_filters => plan.bounding | FORKER | SYS_ADMIN,
         Who::Forker => plan.bounding | FORKER,
+        // Its execve takes it, as that of any process.
+        Who::Hook(_) if plan.own_filters => plan.bounding | SYS_ADMIN,
         Who::Hook(_) => plan.bounding,
     };
     ident::set_caps(CapSets {
@@ -195,26 +197,17 @@ fn landlock_container(plan: &LaunchPlan, who: &Who<'_>) -> std::io::Result<()> {
     rules.restrict_self()
 }
 
-/// Installs the filter of one process, the last lock before it executes.
+/// Installs the filter of one process, the last lock before it executes: that of the
+/// specification, and what takes back the calls that only have the forker's mark. So
+/// nothing but write(2) and execve(2) may come after it. A capability that was kept for
+/// this goes with the execve: it is neither in the bounding set nor inheritable.
 pub fn own_filter(plan: &ProcessPlan) -> Result<(), StepError> {
     if plan.filter.is_empty() {
         return Ok(());
     }
     seccomp::install_filter(&plan.filter, plan.filter_flags)
-        .at("install filter of", "linux.seccomp")?;
-    if plan.keep_for_filter {
-        set_caps_of(plan, 0)?;
-    }
-    Ok(())
-}
-
-fn set_caps_of(plan: &ProcessPlan, more: u64) -> Result<(), StepError> {
-    ident::set_caps(CapSets {
-        effective: plan.effective | more,
-        permitted: plan.permitted | more,
-        inheritable: plan.inheritable,
-    })
-    .at("set", "capabilities")
+        .at("install filter of", "linux.seccomp")
+        .map(drop)
 }
 
 /// The identity of one process: ids, then exactly its capability sets.
@@ -236,6 +229,11 @@ pub fn identity(plan: &ProcessPlan) -> Result<(), StepError> {
     ident::set_gid(plan.gid).at("set group of user", object())?;
     ident::set_uid(plan.uid).at("set user", object())?;
     let more = if plan.keep_for_filter { SYS_ADMIN } else { 0 };
-    set_caps_of(plan, more)?;
+    ident::set_caps(CapSets {
+        effective: plan.effective | more,
+        permitted: plan.permitted | more,
+        inheritable: plan.inheritable,
+    })
+    .at("set", "capabilities")?;
     ident::set_ambient(plan.ambient).at("set", "ambient capabilities")
 }

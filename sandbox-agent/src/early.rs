@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use casemate_protocol::plan::{LaunchPlan, ProcessPlan};
 use casemate_protocol::read_plan;
 use casemate_sys::process::{self, Fork};
-use casemate_sys::{exec, message};
+use casemate_sys::{exec, marked, message};
 
 use crate::confine::Who;
 use crate::error::{At, StepError};
@@ -181,7 +181,7 @@ fn live(
             "its root is not the container's",
         ));
     }
-    rustix::process::chdir("/").at("change to", "/")?;
+    marked::change_directory("/").at("change to", "/")?;
     let listener = launch::enter_locked(plan, namespace_b, &Who::Forker)?.listener;
     let listeners: Vec<_> = listener.iter().map(AsFd::as_fd).collect();
     spawn::prepared(socket, &listeners)?;

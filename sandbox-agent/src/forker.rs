@@ -1,6 +1,10 @@
 //! The forker of a container: sits in all its namespaces and its cgroup, locked
 //! like its workload, and forks init and every exec from there. It lives in the
 //! agent's pid namespace, so the container has no pid to aim at.
+//!
+//! It is bound by the container's filter as well. What that lets it call beyond the
+//! workload it calls with a mark (`casemate_sys::marked`), which the last filter of
+//! each process that it makes takes back.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -8,8 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use casemate_protocol::plan::ProcessPlan;
 use casemate_protocol::{Channel, FromForker, INIT_KEY, ToForker, TransportError, clip, read_plan};
-use casemate_sys::{memory, process};
-use rustix::event::{PollFd, PollFlags, poll};
+use casemate_sys::{marked, memory, process};
 
 use crate::error::{At, StepError};
 use crate::launch::Container;
@@ -56,15 +59,9 @@ impl Forker {
         // No process of the container may come to have one.
         drop(listeners);
         loop {
-            let mut fds = [
-                PollFd::new(&self.channel, PollFlags::IN),
-                PollFd::new(&self.container.signals, PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(e).at("poll", ""),
-            }
-            let (message, ended) = (!fds[0].revents().is_empty(), !fds[1].revents().is_empty());
+            let [message, ended] =
+                marked::wait_readable([self.channel.as_fd(), self.container.signals.as_fd()])
+                    .at("poll", "")?;
             if ended {
                 crate::pod::drain(&self.container.signals);
                 self.reap()?;
@@ -118,7 +115,7 @@ impl Forker {
                 return Err(StepError::invalid("spawn", "", "no plan"));
             }
             let sealed = fds.remove(0);
-            let copy = sealed.try_clone().at("copy", "process plan")?;
+            let copy = marked::copy(&sealed).at("copy", "process plan")?;
             let plan: ProcessPlan = read_plan(copy)
                 .map_err(io::Error::other)
                 .at("read", "process plan")?;
@@ -160,7 +157,7 @@ impl Forker {
             Ok((pid, pidfd, prepared)) => {
                 self.children.insert(pid, key);
                 if parked {
-                    let copy = pidfd.try_clone().at("copy", "pidfd")?;
+                    let copy = marked::copy(&pidfd).at("copy", "pidfd")?;
                     self.parked.insert(key, (prepared.parked, copy));
                 }
                 let mut fds = vec![&pidfd];

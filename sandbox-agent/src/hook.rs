@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use casemate_protocol::plan::{HookPlan, LaunchPlan};
 use casemate_sys::namespace::kind;
 use casemate_sys::process::{self, Fork};
-use casemate_sys::{exec, message};
+use casemate_sys::{exec, marked, message, seccomp};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::confine::{NEW_ROOT, Who};
@@ -154,8 +154,11 @@ fn become_hook(
     };
     let (args, env) = (strings(&hook.args)?, strings(&hook.env)?);
     launch::enter_locked(plan, namespace_b, &Who::Hook(program))?;
-    let program = rustix::io::fcntl_dupfd_cloexec(program, 16).at("copy", "program")?;
+    let program = marked::copy_from(program, 16).at("copy", "program")?;
     exec::install_descriptors(files).at("install", "descriptors")?;
+    if !plan.closes.is_empty() {
+        seccomp::install_filter(&plan.closes, 0).at("install filter", "last")?;
+    }
     let error = exec::exec_fd(&program, &args, &env);
     Err(match error.kind() {
         // Of a program that is there it is the loader, or the interpreter.

@@ -12,10 +12,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use casemate_protocol::capabilities::FILES;
 use casemate_protocol::plan::{ProcessPlan, TerminalSize};
 use casemate_sys::process::{self, Fork};
-use casemate_sys::{exec, message, schedule};
-use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
-use rustix::io::Errno;
-use rustix::termios::Winsize;
+use casemate_sys::{exec, marked, message, schedule};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
 
 use crate::confine;
 use crate::error::{At, StepError};
@@ -46,14 +44,8 @@ impl Terminal {
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
         let master =
             rustix::fs::openat(&pts, "ptmx", flags, Mode::empty()).at("open", "/dev/pts/ptmx")?;
-        rustix::pty::unlockpt(&master).at("unlock", "terminal")?;
-        let slave = rustix::pty::ioctl_tiocgptpeer(
-            &master,
-            rustix::pty::OpenptFlags::RDWR
-                | rustix::pty::OpenptFlags::NOCTTY
-                | rustix::pty::OpenptFlags::CLOEXEC,
-        )
-        .at("open", "terminal")?;
+        marked::unlock_terminal(&master).at("unlock", "terminal")?;
+        let slave = marked::terminal_peer(&master).at("open", "terminal")?;
         let minor = rustix::fs::minor(rustix::fs::fstat(&slave).at("look at", "terminal")?.st_rdev);
         Ok(Terminal {
             master,
@@ -196,12 +188,13 @@ pub fn fork_process(
     }
 }
 
-/// In the child: tells the forker what went wrong.
+/// In the child: tells the forker what went wrong. By write(2), which is left when
+/// the last filter has taken back what has the mark.
 pub fn report(socket: &OwnedFd, error: &StepError) {
     let kind = if error.invalid { INVALID } else { FAILED };
     let mut text = vec![kind];
     text.extend_from_slice(casemate_protocol::clip(&error.to_string()).as_bytes());
-    let _ = message::send(socket, &text, &[]);
+    let _ = rustix::io::write(socket, &text);
 }
 
 /// In the child: tells the forker that a step is done.
@@ -240,7 +233,7 @@ fn prepare_and_exec(
     status: &OwnedFd,
 ) -> Result<std::convert::Infallible, StepError> {
     process::reset_signals();
-    rustix::process::setsid().at("start", "session")?;
+    marked::start_session().at("start", "session")?;
     let (files, master) = descriptors(plan, stdio)?;
     for limit in &plan.limits {
         process::set_limit(0, limit.resource, limit.soft, limit.hard)
@@ -248,21 +241,21 @@ fn prepare_and_exec(
     }
     scheduling(plan)?;
     if let Some(mask) = plan.umask {
-        rustix::process::umask(Mode::from_raw_mode(mask));
+        marked::set_umask(mask);
     }
     // As root first (a directory that only root may enter is a fair place to
     // start), as the user below if that fails.
-    let early = rustix::process::chdir(plan.cwd.as_str());
+    let early = marked::change_directory(&plan.cwd);
     confine::identity(plan)?;
     if early.is_err() {
-        rustix::process::chdir(plan.cwd.as_str())
+        marked::change_directory(&plan.cwd)
             .at("change to process.cwd", &plan.cwd)
             .map_err(StepError::blame_request)?;
     }
     // A directory outside the root (through a leaked descriptor, say) shows
     // as "(unreachable)…".
-    let cwd = rustix::process::getcwd(Vec::new()).at("look at process.cwd", &plan.cwd)?;
-    if cwd.as_bytes().first() != Some(&b'/') {
+    let cwd = marked::current_directory().at("look at process.cwd", &plan.cwd)?;
+    if cwd.first() != Some(&b'/') {
         return Err(StepError::invalid(
             "change to process.cwd",
             &plan.cwd,
@@ -338,19 +331,13 @@ fn descriptors(plan: &ProcessPlan, stdio: Stdio) -> Result<Descriptors, StepErro
                 .at("set", "ids of the terminal")??
         }
     };
-    exec::set_controlling_terminal(&terminal.slave).at("control", "terminal")?;
+    marked::set_controlling_terminal(&terminal.slave).at("control", "terminal")?;
     if let Some(TerminalSize { rows, columns }) = plan.terminal
         && (rows, columns) != (0, 0)
     {
-        let size = Winsize {
-            ws_row: rows,
-            ws_col: columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        rustix::termios::tcsetwinsize(&terminal.slave, size).at("size", "terminal")?;
+        marked::set_terminal_size(&terminal.slave, rows, columns).at("size", "terminal")?;
     }
-    let copy = || terminal.slave.try_clone().at("copy", "terminal");
+    let copy = || marked::copy(&terminal.slave).at("copy", "terminal");
     Ok((vec![copy()?, copy()?, copy()?], Some(terminal.master)))
 }
 
@@ -386,13 +373,19 @@ fn find_binary(plan: &ProcessPlan, args: &[String], env: &[String]) -> Result<St
     Err(StepError::invalid("execute", name, reason))
 }
 
-/// Whether the process may execute it, by faccessat(2), which every profile has. It
+/// Whether the process may execute it, by faccessat(2), which the forker always has. It
 /// asks as the real ids, which are the effective ones by now; but, of a user other than
 /// root, without capabilities. What those open, only execve can say.
 fn executable(plan: &ProcessPlan, path: &str) -> io::Result<()> {
     const ANYBODY: u32 = 0o111;
-    let by_capability = match rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::empty()) {
-        Err(Errno::ACCESS) if plan.uid != 0 && plan.effective & FILES != 0 => true,
+    let by_capability = match marked::may_execute(path) {
+        Err(e)
+            if e.kind() == io::ErrorKind::PermissionDenied
+                && plan.uid != 0
+                && plan.effective & FILES != 0 =>
+        {
+            true
+        }
         answer => answer.map(|()| false)?,
     };
     let mode = rustix::fs::stat(path)?.st_mode;

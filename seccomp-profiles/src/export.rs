@@ -8,7 +8,8 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use crate::action::Action;
-use crate::observed::{Kind, classes};
+use crate::marked;
+use crate::observed::{Kind, Observed, classes};
 use crate::oci::{NATIVE_ARCHITECTURE, OciArg, OciSeccomp, OciSyscall};
 use crate::profile::{ArgSet, Condition, Op, Profile, Rule, Width, alternatives};
 use crate::table;
@@ -16,6 +17,27 @@ use crate::table;
 /// What runc's own init calls once it has installed a container's filter, before it
 /// executes (of 1.1.5, with no_new_privs): a filter for other runtimes lets it.
 pub const RUNTIME: &[&str] = &["fstatfs", "getdents64"];
+
+/// What a filter for other runtimes has beside what was seen: [`RUNTIME`], and, without
+/// a mark, which is our forker's alone, what sets ids, limits and descriptors
+/// ([`marked::FORKER`]): without no_new_privs it is installed before these are.
+#[must_use]
+pub fn runtimes() -> Observed {
+    let mut all = Observed::default();
+    for number in RUNTIME.iter().filter_map(|name| table::number(name)) {
+        all.add(number, &[0; 6]);
+    }
+    for (number, fixed) in marked::kinds() {
+        let mut args = [0; 6];
+        for (index, value) in fixed {
+            if let Some(arg) = args.get_mut(usize::from(*index)) {
+                *arg = u64::from(*value);
+            }
+        }
+        all.add(number, &args);
+    }
+    all
+}
 
 /// A rule that the other form has no words for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

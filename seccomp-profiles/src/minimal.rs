@@ -5,10 +5,10 @@ use crate::observed::{Class, Kind, Observed, classes};
 use crate::profile::{ArgSet, Group, LeftOut, Op, Profile, Rule, Width};
 use crate::table;
 
-/// What every program needs to start, to take a signal and to end, and what the
-/// forker of a container needs, which is bound by the same filter: it makes each
-/// process, gives it its identity and descriptors, and executes. With the arguments
-/// that it passes, where they tell kinds of calls apart.
+/// What every program needs to start, to take a signal and to end. The forker of a
+/// container, which is bound by the same filter, needs most of it too; what it calls
+/// beside has a mark ([`crate::marked::FORKER`]). With the arguments that it passes,
+/// where they tell kinds of calls apart.
 pub const BASE: &[(&str, &[[u64; 3]])] = &[
     ("read", &[]),
     ("write", &[]),
@@ -17,25 +17,12 @@ pub const BASE: &[(&str, &[[u64; 3]])] = &[
     ("newfstatat", &[]),
     ("lseek", &[]),
     ("openat", &[]),
-    ("faccessat", &[]),
-    ("fcntl", &[]),
-    ("dup2", &[]),
-    ("close_range", &[]),
-    ("getcwd", &[]),
-    ("chdir", &[]),
-    ("umask", &[]),
     ("mmap", &[]),
     ("munmap", &[]),
     ("mprotect", &[]),
     ("brk", &[]),
     ("madvise", &[[0, 0, 4]]),
     ("futex", &[]),
-    ("ppoll", &[]),
-    ("recvmsg", &[]),
-    ("sendmsg", &[]),
-    ("socketpair", &[[1, 5, 0]]),
-    ("clone", &[[0, 0, 0]]),
-    ("waitid", &[]),
     ("execve", &[]),
     ("exit", &[]),
     ("exit_group", &[]),
@@ -49,27 +36,6 @@ pub const BASE: &[(&str, &[[u64; 3]])] = &[
         "arch_prctl",
         &[[0x1002, 0, 0], [0x3001, 0, 0], [0x5005, 0, 0]],
     ),
-    // KEEPCAPS, CAPBSET_DROP, NO_NEW_PRIVS, CAP_AMBIENT
-    ("prctl", &[[8, 0, 0], [24, 0, 0], [38, 0, 0], [47, 0, 0]]),
-    // TIOCSCTTY, TIOCSWINSZ, TIOCSPTLCK, TIOCGPTPEER, TCGETS
-    (
-        "ioctl",
-        &[
-            [0, 0x540e, 0],
-            [0, 0x5414, 0],
-            [0, 0x4004_5431, 0],
-            [0, 0x5441, 0],
-            [0, 0x5401, 0],
-        ],
-    ),
-    ("prlimit64", &[]),
-    ("setsid", &[]),
-    ("setgroups", &[]),
-    ("setresuid", &[]),
-    ("setresgid", &[]),
-    ("capset", &[]),
-    // SECCOMP_SET_MODE_FILTER, for the specification's own filter
-    ("seccomp", &[[1, 0, 0]]),
 ];
 
 /// [`BASE`], as observed.

@@ -5,8 +5,11 @@ use std::path::{Path, PathBuf};
 
 use crate::compile::{CompileError, Form, compile_as};
 use crate::explain::{Explainer, rules};
+use crate::graph::TooLarge;
 use crate::hash::Hash;
+use crate::marked;
 use crate::profile::Profile;
+use crate::program::Program;
 use crate::shipped::{shipped_explainer, shipped_program_as};
 
 /// A profile in all forms: what is compiled into this binary, or a file that was
@@ -18,8 +21,39 @@ pub struct Prepared {
     notify: Cow<'static, [u8]>,
     explain: Cow<'static, [u8]>,
     explainer: Explainer,
+    marked: Option<Marked>,
     /// The file it was read from, and the shipped profile that it is within.
     node: Option<(PathBuf, String)>,
+}
+
+/// What is installed in a profile's place where the forker's calls have to be told from
+/// the workload's: see [`crate::marked`].
+#[derive(Debug, Clone)]
+pub struct Marked {
+    /// In place of [`Form::Enforce`].
+    pub enforce: Vec<u8>,
+    /// In place of [`Form::Notify`].
+    pub notify: Vec<u8>,
+    /// The last filter of each process.
+    pub closes: Vec<u8>,
+}
+
+impl Marked {
+    fn of(enforce: &Program, notify: &Program) -> Result<Option<Self>, TooLarge> {
+        let all = (
+            marked::open(enforce)?,
+            marked::open(notify)?,
+            marked::close(&[enforce], None)?,
+        );
+        let (Some(enforce), Some(notify), Some(closes)) = all else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            enforce: enforce.to_bytes(),
+            notify: notify.to_bytes(),
+            closes: closes.to_bytes(),
+        }))
+    }
 }
 
 impl Prepared {
@@ -33,6 +67,8 @@ impl Prepared {
             notify: program(Form::Notify)?,
             explain: program(Form::Explain)?,
             explainer: shipped_explainer(name)?,
+            // They have all that a forker calls: a test sees to it.
+            marked: None,
             node: None,
         })
     }
@@ -43,11 +79,13 @@ impl Prepared {
     /// As [`crate::compile()`].
     pub fn of(profile: &Profile) -> Result<Self, CompileError> {
         let explain = compile_as(profile, Form::Explain)?;
-        let program = |form| compile_as(profile, form).map(|p| Cow::Owned(p.to_bytes()));
+        let enforce = compile_as(profile, Form::Enforce)?;
+        let notify = compile_as(profile, Form::Notify)?;
         Ok(Self {
             name: profile.name.clone(),
-            enforce: program(Form::Enforce)?,
-            notify: program(Form::Notify)?,
+            marked: Marked::of(&enforce, &notify)?,
+            enforce: Cow::Owned(enforce.to_bytes()),
+            notify: Cow::Owned(notify.to_bytes()),
             explain: Cow::Owned(explain.to_bytes()),
             explainer: Explainer::from_parts(explain, rules(profile).into()),
             node: None,
@@ -82,6 +120,12 @@ impl Prepared {
             Form::Notify => &self.notify,
             Form::Explain => &self.explain,
         }
+    }
+
+    /// What is to be installed in its place, where it lacks calls of the forker's.
+    #[must_use]
+    pub fn marked(&self) -> Option<&Marked> {
+        self.marked.as_ref()
     }
 
     /// Of the filter that binds: what tells two profiles of one name apart.

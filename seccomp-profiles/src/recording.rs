@@ -15,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use crate::observed::{Kind, Observed};
 use crate::table;
 
-/// Of the form that is written and read.
-pub const VERSION: u32 = 1;
+/// Of the form that is written and read. In 1 calls were missing that every profile had
+/// then, as the forker needed them.
+pub const VERSION: u32 = 2;
 /// No file is longer.
 pub const LONGEST: usize = 4 << 20;
 /// Longest text in it, in bytes.
@@ -53,7 +54,9 @@ pub enum RecordingError {
     #[error("longer than {LONGEST} bytes; a recording never is: give the file of a pod")]
     TooLong,
     /// Of another form.
-    #[error("version is {version}, this binary reads {VERSION}; use the casemate that wrote it")]
+    #[error(
+        "version is {version}, this binary reads {VERSION}; use the casemate that wrote it, or record anew"
+    )]
     Version {
         /// As found.
         version: u32,

@@ -22,9 +22,9 @@ use crate::action::Action;
 use crate::compile;
 use crate::graph::{Graph, NodeId, TooLarge};
 use crate::interp::{self, SeccompData};
-use crate::minimal;
 use crate::program::{self as bpf, Program};
 use crate::table;
+use crate::{marked, minimal};
 
 /// Two programs that refuse together what two others did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub struct Stacked {
 }
 
 /// What a forker and its children call before they execute, beside
-/// [`minimal::BASE`]: where a plan asks for it, or by way of the C library.
+/// [`minimal::BASE`] and [`marked::FORKER`]: where a plan asks for it, or by way of the C library.
 const FORKER_TOO: &[&str] = &[
     "sched_setattr",
     "ioprio_set",
@@ -114,7 +114,8 @@ const FORKER_TOO: &[&str] = &[
 /// container could be made.
 pub fn forker_calls() -> BTreeSet<u32> {
     let base = minimal::BASE.iter().map(|(name, _)| *name);
-    base.chain(FORKER_TOO.iter().copied())
+    base.chain(marked::FORKER.iter().map(|(name, _)| *name))
+        .chain(FORKER_TOO.iter().copied())
         .filter_map(table::number)
         .collect()
 }
@@ -136,6 +137,16 @@ enum Next {
     Same((usize, Held)),
 }
 
+/// What a comparison by this instruction says.
+pub(crate) fn compares(code: u16, value: u32, k: u32) -> bool {
+    match code {
+        bpf::JEQ_K => value == k,
+        bpf::JGT_K => value > k,
+        bpf::JGE_K => value >= k,
+        _ => value & k != 0,
+    }
+}
+
 /// What `program` does at an instruction, for calls of the number `nr`.
 fn next(program: &Program, (at, held): (usize, Held), nr: u32) -> Next {
     let Some(ins) = program.instructions().get(at) else {
@@ -154,12 +165,7 @@ fn next(program: &Program, (at, held): (usize, Held), nr: u32) -> Next {
         (bpf::AND_K, Held::Argument) => Next::Step(ins.code, ins.k, (after, held)),
         (bpf::JA, _) => Next::Same((after.saturating_add(ins.k as usize), held)),
         (bpf::JEQ_K | bpf::JGT_K | bpf::JGE_K | bpf::JSET_K, Held::Known(value)) => {
-            let taken = match ins.code {
-                bpf::JEQ_K => value == ins.k,
-                bpf::JGT_K => value > ins.k,
-                bpf::JGE_K => value >= ins.k,
-                _ => value & ins.k != 0,
-            };
+            let taken = compares(ins.code, value, ins.k);
             Next::Same((if taken { yes } else { no }, held))
         }
         (bpf::JEQ_K | bpf::JGT_K | bpf::JGE_K | bpf::JSET_K, Held::Argument) => {
@@ -171,7 +177,7 @@ fn next(program: &Program, (at, held): (usize, Held), nr: u32) -> Next {
 
 /// What is left of `program` for calls of the number `nr`, with `leaf` in place of
 /// each verdict.
-fn only(
+pub(crate) fn only(
     graph: &mut Graph,
     program: &Program,
     nr: u32,
@@ -228,7 +234,7 @@ fn only(
 }
 
 /// The lowest number of each range of numbers that `programs` don't tell apart.
-fn ranges(programs: &[&Program]) -> BTreeSet<u32> {
+pub(crate) fn ranges(programs: &[&Program]) -> BTreeSet<u32> {
     let mut starts = BTreeSet::from([0]);
     for program in programs {
         // Whether it is the number that is compared isn't asked: too many are right.
@@ -244,7 +250,7 @@ fn ranges(programs: &[&Program]) -> BTreeSet<u32> {
 
 /// The program that decides as `node` says for each number, and as `foreign` for
 /// other architectures.
-fn whole(
+pub(crate) fn whole(
     starts: &BTreeSet<u32>,
     foreign: u32,
     mut node: impl FnMut(&mut Graph, u32) -> Result<NodeId, TooLarge>,
@@ -266,7 +272,7 @@ fn whole(
 }
 
 /// What a program answers to calls of other architectures: the same to all.
-fn foreign(program: &Program) -> u32 {
+pub(crate) fn foreign(program: &Program) -> u32 {
     let data = SeccompData {
         arch: 0,
         ..SeccompData::x86_64(0, [0; 6])

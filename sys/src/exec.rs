@@ -4,6 +4,8 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 
+use crate::marked;
+
 fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
     strings
         .iter()
@@ -42,33 +44,40 @@ pub fn exec(path: &CString, args: &[CString], env: &[CString]) -> io::Error {
 /// Puts `files` at the descriptor numbers 0, 1, 2… and closes everything
 /// above on exec. Works whatever numbers `files` have now.
 pub fn install_descriptors(files: Vec<OwnedFd>) -> io::Result<()> {
-    let count = files.len() as RawFd;
+    let count = files.len() as u32;
     // First out of the way of the targets, then down into place.
     let mut high = Vec::with_capacity(files.len());
     for file in &files {
-        high.push(rustix::io::fcntl_dupfd_cloexec(file, count.max(3) + 1)?);
+        high.push(marked::copy_from(file, count.max(3) + 1)?);
     }
     drop(files);
     for (number, file) in high.iter().enumerate() {
         // SAFETY: dup2 onto numbers below `count`: whatever was there is meant
         // to be replaced (see the contract of this function).
-        if unsafe { libc::dup2(file.as_raw_fd(), number as RawFd) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        unsafe {
+            marked::call(
+                libc::SYS_dup2,
+                [marked::number(file), number as u64, 0, 0, 0],
+            )
+        }?;
     }
-    close_from_on_exec(count as u32)
+    close_from_on_exec(count)
 }
 
 /// Marks every descriptor from `first` up close-on-exec (close_range(2)).
 pub fn close_from_on_exec(first: u32) -> io::Result<()> {
     const CLOSE_RANGE_CLOEXEC: u32 = 4;
     // SAFETY: only flags of descriptors change.
-    let r = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, CLOSE_RANGE_CLOEXEC) };
-    if r == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    unsafe { close_range(first, u32::MAX, CLOSE_RANGE_CLOEXEC) }
+}
+
+/// # Safety
+///
+/// Without flags: nothing may use the descriptors any more.
+unsafe fn close_range(first: u32, last: u32, flags: u32) -> io::Result<()> {
+    let arguments = [first.into(), last.into(), flags.into(), 0, 0];
+    // SAFETY: integers only; the rest is the caller's promise.
+    unsafe { marked::call(libc::SYS_close_range, arguments) }.map(drop)
 }
 
 /// Closes every descriptor except `keep`. For a freshly forked child that is
@@ -87,9 +96,7 @@ pub fn close_all_except(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
             };
             // SAFETY: the caller runs in a fork whose other descriptors are
             // nobody's any more; no Rust value will use them again.
-            if unsafe { libc::syscall(libc::SYS_close_range, first, last, 0u32) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
+            unsafe { close_range(first, last, 0) }?;
         }
         first = number.saturating_add(1);
     }
@@ -100,15 +107,4 @@ pub fn close_all_except(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
 pub fn keep_on_exec(fd: OwnedFd) -> io::Result<RawFd> {
     rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty())?;
     Ok(fd.into_raw_fd())
-}
-
-/// Makes `terminal` the controlling terminal of this session (tty_ioctl(4)).
-pub fn set_controlling_terminal(terminal: impl AsFd) -> io::Result<()> {
-    // SAFETY: TIOCSCTTY takes an integer.
-    let r = unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSCTTY, 0) };
-    if r == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }

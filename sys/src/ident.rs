@@ -1,8 +1,11 @@
 //! User, group and capability identity of the calling thread (credentials(7),
 //! capabilities(7)). Raw system calls: glibc's wrappers would signal all
-//! threads, and our processes have one.
+//! threads, and our processes have one. With the mark, where a container's forker or
+//! its children make them.
 
 use std::io;
+
+use crate::marked;
 
 fn check(r: libc::c_long) -> io::Result<()> {
     if r == 0 {
@@ -12,22 +15,39 @@ fn check(r: libc::c_long) -> io::Result<()> {
     }
 }
 
+fn ids(real: u32, effective: u32, saved: u32) -> [u64; 5] {
+    [real.into(), effective.into(), saved.into(), 0, 0]
+}
+
+/// prctl(2) with integers.
+fn set(option: libc::c_int, second: u64, third: u64) -> io::Result<()> {
+    let arguments = [option.cast_unsigned().into(), second, third, 0, 0];
+    // SAFETY: the options that are set here take integers only.
+    unsafe { marked::call(libc::SYS_prctl, arguments) }.map(drop)
+}
+
 /// Sets real, effective and saved user id.
 pub fn set_uid(uid: u32) -> io::Result<()> {
     // SAFETY: integers only.
-    check(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) })
+    unsafe { marked::call(libc::SYS_setresuid, ids(uid, uid, uid)) }.map(drop)
 }
 
 /// Sets real, effective and saved group id.
 pub fn set_gid(gid: u32) -> io::Result<()> {
     // SAFETY: integers only.
-    check(unsafe { libc::syscall(libc::SYS_setresgid, gid, gid, gid) })
+    unsafe { marked::call(libc::SYS_setresgid, ids(gid, gid, gid)) }.map(drop)
 }
 
 /// Sets the supplementary groups.
 pub fn set_groups(groups: &[u32]) -> io::Result<()> {
     // SAFETY: length and pointer describe `groups`, which the kernel only reads.
-    check(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })
+    unsafe {
+        marked::call(
+            libc::SYS_setgroups,
+            [groups.len() as u64, groups.as_ptr() as u64, 0, 0, 0],
+        )
+    }
+    .map(drop)
 }
 
 /// Sets the ids that the kernel uses for files, and checks that it did: the
@@ -57,15 +77,17 @@ pub fn set_fs_ids(uid: u32, gid: u32) -> io::Result<()> {
 /// What the kernel answers to either change.
 pub fn as_effective<T>(uid: u32, gid: u32, act: impl FnOnce() -> T) -> io::Result<T> {
     const KEEP: u32 = u32::MAX;
-    // SAFETY: integers only. The group first, while the capability is there.
-    check(unsafe { libc::syscall(libc::SYS_setresgid, KEEP, gid, KEEP) })?;
-    // SAFETY: integers only.
-    let changed = check(unsafe { libc::syscall(libc::SYS_setresuid, KEEP, uid, KEEP) });
+    let set = |number, id| {
+        // SAFETY: integers only.
+        unsafe { marked::call(number, ids(KEEP, id, KEEP)) }.map(drop)
+    };
+    // The group first, while the capability is there.
+    set(libc::SYS_setresgid, gid)?;
+    let changed = set(libc::SYS_setresuid, uid);
     let result = changed.map(|()| act());
-    // SAFETY: integers only; real and saved ids are still 0.
-    check(unsafe { libc::syscall(libc::SYS_setresuid, KEEP, 0, KEEP) })?;
-    // SAFETY: as above.
-    check(unsafe { libc::syscall(libc::SYS_setresgid, KEEP, 0, KEEP) })?;
+    // Real and saved ids are still 0.
+    set(libc::SYS_setresuid, 0)?;
+    set(libc::SYS_setresgid, 0)?;
     result
 }
 
@@ -98,10 +120,7 @@ pub fn set_securebits(bits: u32) -> io::Result<()> {
 
 /// Keep permitted capabilities over the next change of uid (prctl(2)).
 pub fn keep_capabilities(keep: bool) -> io::Result<()> {
-    // SAFETY: integers only.
-    check(libc::c_long::from(unsafe {
-        libc::prctl(libc::PR_SET_KEEPCAPS, libc::c_ulong::from(keep), 0, 0, 0)
-    }))
+    set(libc::PR_SET_KEEPCAPS, keep.into(), 0)
 }
 
 /// The three sets of capset(2), a bit per capability.
@@ -139,7 +158,13 @@ pub fn set_caps(sets: CapSets) -> io::Result<()> {
         high(sets.inheritable),
     ];
     // SAFETY: version 3 reads a header and two data structs of three u32 each.
-    check(unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) })
+    unsafe {
+        marked::call(
+            libc::SYS_capset,
+            [&raw const header as u64, data.as_ptr() as u64, 0, 0, 0],
+        )
+    }
+    .map(drop)
 }
 
 /// The capability sets of this thread.
@@ -165,14 +190,10 @@ pub fn limit_bounding(keep: u64) -> io::Result<()> {
         if keep & (1 << cap) != 0 {
             continue;
         }
-        // SAFETY: integers only.
-        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0) } < 0 {
-            let error = io::Error::last_os_error();
-            // EINVAL: past the kernel's last capability.
-            if error.raw_os_error() == Some(libc::EINVAL) {
-                return Ok(());
-            }
-            return Err(error);
+        match set(libc::PR_CAPBSET_DROP, cap, 0) {
+            // Past the kernel's last capability.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
+            other => other?,
         }
     }
     Ok(())
@@ -182,38 +203,25 @@ pub fn limit_bounding(keep: u64) -> io::Result<()> {
 /// want CAP_SETPCAP all the same.
 pub fn drop_bounding(caps: u64) -> io::Result<()> {
     for cap in (0..64u64).filter(|c| caps & (1 << c) != 0) {
-        // SAFETY: integers only.
-        check(libc::c_long::from(unsafe {
-            libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0)
-        }))?;
+        set(libc::PR_CAPBSET_DROP, cap, 0)?;
     }
     Ok(())
 }
 
 /// Makes the ambient set exactly `caps` (each must be permitted and inheritable).
 pub fn set_ambient(caps: u64) -> io::Result<()> {
-    // SAFETY: integers only.
-    check(libc::c_long::from(unsafe {
-        libc::prctl(
-            libc::PR_CAP_AMBIENT,
-            libc::PR_CAP_AMBIENT_CLEAR_ALL,
-            0,
-            0,
-            0,
-        )
-    }))?;
+    const CLEAR_ALL: u64 = 4;
+    const RAISE: u64 = 2;
+    set(libc::PR_CAP_AMBIENT, CLEAR_ALL, 0)?;
     for cap in (0..64u64).filter(|c| caps & (1 << c) != 0) {
-        // SAFETY: integers only.
-        check(libc::c_long::from(unsafe {
-            libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, cap, 0, 0)
-        }))?;
+        set(libc::PR_CAP_AMBIENT, RAISE, cap)?;
     }
     Ok(())
 }
 
 /// No execve of this process or its children gains privileges any more.
 pub fn set_no_new_privs() -> io::Result<()> {
-    Ok(rustix::thread::set_no_new_privs(true)?)
+    set(libc::PR_SET_NO_NEW_PRIVS, 1, 0)
 }
 
 /// Whether other processes may look into this one (`PR_SET_DUMPABLE`).

@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod exec;
 pub mod ident;
 pub mod landlock;
+pub mod marked;
 pub mod memory;
 pub mod message;
 pub mod mount;

@@ -5,6 +5,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use crate::marked;
+
 /// On which side of a fork one is.
 pub enum Fork {
     /// In the child.
@@ -60,16 +62,18 @@ pub fn fork() -> io::Result<Fork> {
     // SAFETY: as in `fork_into`: no memory is shared; the kernel writes one
     // int to `pidfd` (CLONE_PIDFD uses the parent_tid argument).
     let r = unsafe {
-        libc::syscall(
+        marked::call(
             libc::SYS_clone,
-            (libc::CLONE_PIDFD | libc::SIGCHLD) as libc::c_ulong,
-            0usize,
-            &raw mut pidfd,
-            0usize,
-            0usize,
+            [
+                (libc::CLONE_PIDFD | libc::SIGCHLD).cast_unsigned().into(),
+                0,
+                &raw mut pidfd as u64,
+                0,
+                0,
+            ],
         )
     };
-    forked(r, pidfd)
+    forked(r?, pidfd)
 }
 
 fn forked(r: libc::c_long, pidfd: i32) -> io::Result<Fork> {
@@ -179,16 +183,18 @@ pub fn try_wait(pidfd: impl AsFd) -> io::Result<Option<Ended>> {
 fn reap(which: libc::idtype_t, id: u32, flags: i32) -> io::Result<Option<Ended>> {
     // SAFETY: an all-zero siginfo is valid, and says "nothing reaped" (si_pid 0).
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let arguments = [
+        which.into(),
+        id.into(),
+        &raw mut info as u64,
+        (libc::WEXITED | flags).cast_unsigned().into(),
+        0,
+    ];
     // SAFETY: the kernel writes one siginfo to the live local.
-    let r = unsafe { libc::waitid(which, id, &raw mut info, libc::WEXITED | flags) };
-    if r < 0 {
-        let error = io::Error::last_os_error();
-        return if error.raw_os_error() == Some(libc::ECHILD) {
-            Ok(None)
-        } else {
-            Err(error)
-        };
-    }
+    match unsafe { marked::call(libc::SYS_waitid, arguments) } {
+        Err(e) if e.raw_os_error() == Some(libc::ECHILD) => return Ok(None),
+        other => other?,
+    };
     // SAFETY: for a SIGCHLD siginfo (or a zeroed one) these members are set.
     let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
     if pid == 0 {
@@ -267,21 +273,9 @@ pub fn set_limit(pid: u32, resource: u32, soft: u64, hard: u64) -> io::Result<()
         rlim_cur: soft,
         rlim_max: hard,
     };
+    let arguments = [pid.into(), resource.into(), &raw const new as u64, 0, 0];
     // SAFETY: the struct lives through the call; no old value is asked for.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_prlimit64,
-            pid as libc::pid_t,
-            resource,
-            &raw const new,
-            std::ptr::null_mut::<u8>(),
-        )
-    };
-    if r == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    unsafe { marked::call(libc::SYS_prlimit64, arguments) }.map(drop)
 }
 
 /// A resource limit of this process: soft and hard value.

@@ -7,6 +7,8 @@
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
+use crate::marked;
+
 /// Size of one `struct sock_filter` (linux/filter.h): u16 code, u8 jt, u8 jf, u32 k.
 pub const INSTRUCTION_SIZE: usize = 8;
 
@@ -49,16 +51,17 @@ pub fn install_filter(program: &[u8], flags: u32) -> io::Result<Option<OwnedFd>>
     // alive for the whole call. The kernel only copies them, with
     // copy_from_user, which asks for no alignment.
     let ret = unsafe {
-        libc::syscall(
+        marked::call(
             libc::SYS_seccomp,
-            libc::c_ulong::from(libc::SECCOMP_SET_MODE_FILTER),
-            libc::c_ulong::from(flags),
-            &raw const prog,
+            [
+                libc::SECCOMP_SET_MODE_FILTER.into(),
+                flags.into(),
+                &raw const prog as u64,
+                0,
+                0,
+            ],
         )
-    };
-    if ret < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    }?;
     if flags & FLAG_NEW_LISTENER != 0 {
         let fd = RawFd::try_from(ret).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
         // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.

@@ -2,7 +2,6 @@
 # packages: postgresql-15 postgresql-client-15 util-linux
 # server: /usr/lib/postgresql/15/bin/postgres -D /w/pg -c listen_addresses=127.0.0.1 -c unix_socket_directories=
 # user: 101
-# over: its processes share memory of System V, wait in three ways and flush in four; with what makes processes, that is more
 # reload: 1
 # stop: 2
 mkdir -p /w/pg

@@ -9,7 +9,7 @@ use seccomp_profiles::recording::Container;
 use seccomp_profiles::surface::{Abi, reachable};
 use seccomp_profiles::{
     Form, Hash, Profile, Program, Recording, export, minimal, shipped, shipped_program,
-    shipped_program_as, table,
+    shipped_program_as,
 };
 
 use super::{print, source, warn};
@@ -92,9 +92,8 @@ pub fn run(options: &Export) -> Result<i32, RunError> {
     told(&container, &seen, &base);
     let mut calls = seen.observed();
     if options.format != Format::Toml {
-        let runtime = export::RUNTIME.iter();
-        for number in runtime.filter_map(|name| table::number(name)) {
-            calls.add(number, &[0; 6]);
+        for kind in export::runtimes().kinds() {
+            calls.add(kind.number, &kind.args);
         }
         if base.name == "strict" {
             warn("strict refuses what runc's own init calls (fstatfs): record under default");

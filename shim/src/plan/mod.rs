@@ -10,7 +10,6 @@ use casemate_spec::{
     Tightened,
 };
 use casemate_sys::mount::attr;
-use seccomp_profiles::{Form, Prepared};
 
 use crate::sandbox::SandboxError;
 
@@ -67,7 +66,7 @@ pub fn pod(spec: &Tightened, pod_id: &str) -> Result<PodPlan, SandboxError> {
 
 /// The container's part. `staging` names its directory there.
 pub fn container(
-    (spec, profile): (&Tightened, &Prepared),
+    spec: &Tightened,
     config: &Config,
     staging: &str,
     landlock: bool,
@@ -154,7 +153,7 @@ pub fn container(
         readonly: spec.readonly_paths.clone(),
         readonly_root: spec.readonly_rootfs,
         bounding: process.caps.bounding,
-        filter: profile.program(Form::Enforce).to_vec(),
+        filter: Vec::new(),
         landlock,
         older_kernel: config.kernel.older_ways,
         landlock_reads: spec.effective.profile == Profile::Strict,
@@ -164,13 +163,14 @@ pub fn container(
         time_namespace: spec.clocks.is_some(),
         wait_before_root: spec.hooks.wait_before_root(),
         hooks: spec.hooks.create_container.iter().map(hook).collect(),
-        own_filters: own_filter(process) && spec.seccomp.is_some(),
+        own_filters: false,
         joins_pids: false,
         shares_network: false,
         asks: Vec::new(),
         connect_ports: None,
         listen_ports: None,
         learns: Vec::new(),
+        closes: Vec::new(),
     };
     Ok(Launch { plan, staged })
 }

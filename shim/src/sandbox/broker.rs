@@ -11,9 +11,7 @@ use std::time::Duration;
 
 use casemate_protocol::plan::BrokerPlan;
 use casemate_protocol::{Channel, FromAgent, ToAgent, TransportError, seal_plan};
-use casemate_spec::Tightened;
-use seccomp_profiles::stack::stack;
-use seccomp_profiles::{Action, Form, Prepared, Program};
+use seccomp_profiles::{Action, Form, Prepared};
 use tokio::io::Interest;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -22,7 +20,6 @@ use super::SandboxError;
 use super::watch::{LOOK_EACH, Line, Who, guard, is_listener};
 use crate::host::Step;
 use crate::host::agent::Agent;
-use crate::plan;
 use crate::record::denials::Container;
 use crate::record::{Record, Records, class};
 
@@ -49,54 +46,6 @@ struct Book {
 
 fn lock(book: &Mutex<Book>) -> MutexGuard<'_, Book> {
     book.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The filters of a container: its profile, and what is made of it and of the
-/// specification's.
-#[derive(Debug, Clone)]
-pub struct Filters {
-    /// Whose they are.
-    pub profile: Arc<Prepared>,
-    /// In place of the profile's, for the forker and so for all of the container:
-    /// asks a listener. Empty: there is no broker.
-    pub asks: Vec<u8>,
-    /// The specification's with flags of seccomp(2), for each process; empty: none.
-    pub own: (Vec<u8>, u32),
-    /// As the specification has it.
-    pub written: Vec<u8>,
-}
-
-impl Filters {
-    /// Of a profile, and the specification's filter, which with a broker leaves it
-    /// to the listener to refuse what either of the two does. (Where that is too
-    /// large a program it refuses by itself, and is not heard of.)
-    pub fn of(
-        spec: &Tightened,
-        profile: Arc<Prepared>,
-        broker: bool,
-    ) -> Result<Filters, SandboxError> {
-        let (written, flags) = plan::filter(spec.seccomp.as_ref(), spec.effective.learn)?;
-        let mut filters = Filters {
-            profile,
-            asks: Vec::new(),
-            own: (written.clone(), flags),
-            written,
-        };
-        // A container that is learned from has its listener for that.
-        if !broker || spec.effective.learn {
-            return Ok(filters);
-        }
-        filters.asks = filters.profile.program(Form::Notify).to_vec();
-        if !filters.written.is_empty()
-            && let Some(asks) = Program::from_bytes(&filters.asks)
-            && let Some(own) = Program::from_bytes(&filters.written)
-            && let Ok(stacked) = stack(&asks, &own)
-        {
-            filters.asks = stacked.asks.to_bytes();
-            filters.own.0 = stacked.own.to_bytes();
-        }
-        Ok(filters)
-    }
 }
 
 fn broker_plan(container: &Container, own: &[u8]) -> Result<OwnedFd, SandboxError> {

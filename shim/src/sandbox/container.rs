@@ -14,10 +14,10 @@ use casemate_spec::{Config, HookSpec, Tightened};
 use casemate_sys::{message, process};
 use rustix::fs::{Mode, OFlags};
 
-use super::broker::Filters;
+use super::filters::Filters;
 use super::forker::{Forker, Reply, out_of_turn};
 use super::inherited::{process_plan, set_oom_score};
-use super::learner::{self, Learner};
+use super::learner::Learner;
 use super::leftovers::Leftovers;
 use super::pipes::give_pipe;
 use super::{
@@ -204,16 +204,11 @@ async fn launch(
             log::warn!("container {}: {warning}", request.id);
         }
     }
-    let specs = (spec, &*filters.profile);
-    let mut plan = mounts::stage(pod, request, specs, cgroup, (directory, sources))?;
+    let mut plan = mounts::stage(pod, request, spec, cgroup, (directory, sources))?;
     plan.joins_pids = joined.is_some();
     plan.shares_network = pod.network.namespace().is_none();
     pod.ports.lock(&mut plan);
-    // A process has one listener: of what it is refused, or of what it may do.
-    if spec.effective.learn {
-        plan.learns = learner::filter()?;
-    }
-    plan.asks.clone_from(&filters.asks);
+    filters.fill(&mut plan);
     let sealed = seal_plan(&plan)
         .map_err(|e| SandboxError::Invalid(format!("mounts, masked and read-only paths: {e}")))?;
     let (ours, theirs) = message::pair().step("make", "socket pair")?;

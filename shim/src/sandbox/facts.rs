@@ -37,7 +37,7 @@ impl Container {
             "learning": self.spec.effective.learn,
             "profile_hash": self.filters.profile.hash().to_string(),
             "no_new_privs": self.spec.process.no_new_privs,
-            "own_filter": !self.filters.own.0.is_empty(),
+            "own_filter": !self.filters.written.is_empty(),
             "capabilities": casemate_spec::caps::names(caps.bounding),
             "user": format!("{}:{}", self.spec.process.uid, self.spec.process.gid),
             "readonly_root": self.spec.readonly_rootfs,

@@ -112,11 +112,6 @@ fn learn_plan() -> Result<LearnPlan, SandboxError> {
     })
 }
 
-/// The filter that asks, beside the profile's.
-pub fn filter() -> Result<Vec<u8>, SandboxError> {
-    plan::program("learn")
-}
-
 impl Sandbox {
     /// What is learned from this pod, from its first learning container on.
     pub fn learned(&self) -> Option<&Arc<Learned>> {

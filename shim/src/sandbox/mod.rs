@@ -7,6 +7,7 @@ mod config;
 mod container;
 mod explain;
 mod facts;
+mod filters;
 mod forker;
 mod hooks;
 mod inherited;

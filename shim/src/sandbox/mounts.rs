@@ -6,7 +6,6 @@ use casemate_cgroup::Cgroup;
 use casemate_protocol::plan::{LaunchPlan, MountSource};
 use casemate_spec::{Config, MountSpec, Tightened, secrets};
 use casemate_sys::mount::attr;
-use seccomp_profiles::Prepared;
 
 use super::{ContainerRequest, Sandbox, SandboxError};
 use crate::host::sources::Sources;
@@ -17,12 +16,12 @@ use crate::plan::{self, Staged};
 pub fn stage(
     pod: &Sandbox,
     request: &ContainerRequest,
-    (spec, profile): (&Tightened, &Prepared),
+    spec: &Tightened,
     cgroup: &Cgroup,
     (directory, mut sources): (&str, Sources),
 ) -> Result<LaunchPlan, SandboxError> {
     let v2 = pod.hierarchy.is_v2();
-    let mut launch = plan::container((spec, profile), &pod.config, directory, pod.landlock, v2)?;
+    let mut launch = plan::container(spec, &pod.config, directory, pod.landlock, v2)?;
     let mut flags = attr::NODEV;
     if spec.process.no_new_privs {
         flags |= attr::NOSUID;

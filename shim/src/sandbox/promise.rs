@@ -7,7 +7,6 @@ use casemate_cgroup::Cgroup;
 use casemate_posture as posture;
 use casemate_protocol::capabilities::{AGENT, FORKER, LEARNER, SYS_ADMIN};
 use casemate_spec::{MountKind, MountSpec};
-use seccomp_profiles::Form;
 
 use super::{Container, Sandbox, shared};
 use crate::host::{ids, lockdown};
@@ -87,14 +86,18 @@ impl Container {
     /// The agent's; the one that asks, where the container is learned from; and the
     /// profile's in the form that was installed.
     fn filters(&self) -> Vec<String> {
-        let mut all = match self.spec.effective.learn {
-            true => filters(&["agent", "learn"]),
-            false => filters(&["agent"]),
+        let own = &self.filters;
+        let binding = match own.asks.as_slice() {
+            [] => &own.enforce,
+            _ => &own.asks,
         };
-        all.push(posture::hash(match self.filters.asks.as_slice() {
-            [] => self.filters.profile.program(Form::Enforce),
-            asks => asks,
-        }));
+        let mut all = filters(&["agent"]);
+        let installed = [&own.learns, binding].into_iter();
+        all.extend(
+            installed
+                .filter(|p| !p.is_empty())
+                .map(|p| posture::hash(p)),
+        );
         all
     }
 
@@ -129,6 +132,10 @@ impl Container {
             forker_capabilities: FORKER | if own { SYS_ADMIN } else { 0 },
             no_new_privs: process.no_new_privs,
             filters: self.filters(),
+            last_filter: match self.filters.own.0.as_slice() {
+                [] => None,
+                own => Some(posture::hash(own)),
+            },
             no_core: !self.config.secrets.core_dumps,
             landlock: pod.landlock,
             mounts: self.mounts(pod.shared.is_some()),

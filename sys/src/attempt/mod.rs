@@ -2,6 +2,7 @@
 //! arguments with which it does nothing if it is let through, or nothing that
 //! outlives a process made for it (the addresses are all null).
 
+pub mod forkers;
 mod raw;
 
 use std::io;

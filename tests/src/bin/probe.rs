@@ -53,6 +53,11 @@ fn obey(words: &[&str]) -> ExitCode {
         ["refused-time", count] => refused::time(count.parse().unwrap_or(1)),
         ["refused-sorts", count] => refused::sorts(count.parse().unwrap_or(1)),
         ["refused-numbers", numbers @ ..] => refused::numbers(numbers),
+        ["forkers", mark] => refused::forkers(0, true, mark.parse().unwrap_or(0)),
+        ["forker", place, mark] => {
+            let place = place.parse().unwrap_or(usize::MAX - 1);
+            refused::forkers(place, false, mark.parse().unwrap_or(0))
+        }
         ["deeds", port] => learned::deeds(port.parse().unwrap_or(1)),
         ["price"] => learned::price(),
         ["many", count] => learned::many(count.parse().unwrap_or(1)),

@@ -62,3 +62,21 @@ pub fn sorts(count: u32) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Makes the calls that a forker makes, from this place on, with this in the sixth
+/// register: one, or all. Prints place and error of each.
+pub fn forkers(first: usize, all: bool, mark: u64) -> io::Result<()> {
+    let last = if all {
+        attempt::forkers::COUNT
+    } else {
+        first + 1
+    };
+    for place in first..last {
+        let error = match attempt::forkers::make(place, mark) {
+            Ok(()) => 0,
+            Err(error) => error.raw_os_error().unwrap_or(-1),
+        };
+        println!("{place} {error}");
+    }
+    Ok(())
+}

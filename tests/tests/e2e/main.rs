@@ -42,6 +42,7 @@ mod locks_pod;
 mod logfile;
 mod loggers;
 mod lsm;
+mod marked;
 mod oci;
 mod operator;
 mod pages;
@@ -127,6 +128,7 @@ fn main() -> ExitCode {
         limits::trials(),
         locks::trials(),
         lsm::trials(),
+        marked::trials(),
         locks_pod::trials(),
         guard::trials(),
         hooks::trials(),

@@ -233,7 +233,7 @@ fn posture_names_what_was_promised_and_is_not_so() -> Outcome {
         target: target.to_owned(),
         ..Default::default()
     };
-    let cases: [(&str, Change<'_>); 26] = [
+    let cases: [(&str, Change<'_>); 27] = [
         ("shim (", &|p| p.shim.capabilities |= 1 << 12),
         ("CapPrm", &|p| p.agent.capabilities |= 1 << 12),
         ("CapBnd", &|p| p.containers[0].capabilities &= !1),
@@ -242,6 +242,9 @@ fn posture_names_what_was_promised_and_is_not_so() -> Outcome {
         ("NoNewPrivs", &|p| p.agent.no_new_privs = true),
         ("hash of filter 0", &|p| p.shim.filters = vec!["x".into()]),
         ("filters", &|p| p.agent.filters.push("x".into())),
+        ("hash of filter 2", &|p| {
+            p.containers[0].last_filter = Some("x".into());
+        }),
         ("core file", &|p| p.shim.no_core = true),
         ("descriptor", &|p| p.agent.files = Some(Vec::new())),
         ("descriptor", &|p| p.shim.files = Some(Vec::new())),
