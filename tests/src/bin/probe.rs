@@ -49,6 +49,7 @@ fn obey(words: &[&str]) -> ExitCode {
         ["make"] => attack::make(),
         ["namespaces"] => attack::namespaces(),
         ["calls"] => attack::calls(),
+        ["call", name] => return ExitCode::from(attack::call(name)),
         ["refused", count, names @ ..] => refused::each(count.parse().unwrap_or(1), names),
         ["refused-time", count] => refused::time(count.parse().unwrap_or(1)),
         ["refused-sorts", count] => refused::sorts(count.parse().unwrap_or(1)),

@@ -157,7 +157,7 @@ fn check(way: &Way) -> Outcome {
         .ok_or_else(|| Stop::Fail("no program".into()))?;
     let runs = running(&program);
     let refused = forkers::COUNT - runs.len();
-    ensure!(refused > 35, "{refused} are refused by the profile");
+    ensure!(refused > 25, "{refused} are refused by the profile");
 
     // By the workload, without a mark, half of one, and another one.
     let mut rounds = 0;
