@@ -15,7 +15,7 @@ type Control = [u64; 32];
 
 /// A connected pair, both ends close-on-exec.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut ends = [0 as RawFd; 2];
+    let mut ends: [RawFd; 2] = [0; 2];
     let arguments = [libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0]
         .map(|n| u64::from(n.cast_unsigned()));
     let [family, kind, protocol] = arguments;
