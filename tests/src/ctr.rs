@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::error::{Failure, Result, file};
@@ -87,8 +88,11 @@ impl Ctr {
 
     /// Imports an image from memory, by way of a file in `scratch`.
     pub fn import(&self, image: &Image, scratch: &Path) -> Result<()> {
+        // Two trials may import the same image at a time.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let safe = image.name.replace(['/', ':'], "_");
-        let path = scratch.join(format!("{safe}.tar"));
+        let path = scratch.join(format!("{safe}-{n}.tar"));
         std::fs::write(&path, image.archive()?).map_err(file("write", &path))?;
         let shown = path.display().to_string();
         let done = self

@@ -1,8 +1,9 @@
 //! What `casemate posture` sees of the runtime's own processes, and of what else only
 //! the process itself can change: the host's root has it make the call.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use casemate_posture::{Depth, Promise, compare};
 use casemate_tests::bundle::Task;
@@ -389,6 +390,7 @@ fn posture_a_look_takes_no_signal() -> Outcome {
         .stdout(Stdio::piped())
         .spawn()?;
     let pid = child.id();
+    let mut stdin = child.stdin.take();
     let (told, heard) = std::sync::mpsc::channel();
     let out = child.stdout.take();
     let reader = std::thread::spawn(move || {
@@ -408,7 +410,12 @@ fn posture_a_look_takes_no_signal() -> Outcome {
         while !lost && !looker.is_finished() {
             let pid = Pid::from_raw(pid.cast_signed());
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGUSR1);
-            lost = heard.recv_timeout(SHORT).is_err();
+            lost = heard.recv_timeout(Duration::from_millis(100)).is_err();
+            // One that comes right before the shell's read(2) is answered after it.
+            if lost && let Some(stdin) = &mut stdin {
+                let _ = stdin.write_all(b"\n");
+                lost = heard.recv_timeout(SHORT).is_err();
+            }
         }
         looker.join()
     });
