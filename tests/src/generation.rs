@@ -134,7 +134,7 @@ pub fn system() -> &'static str {
         let text = run(
             Command::new("containerd").arg("--version"),
             &[],
-            Duration::from_secs(10),
+            Duration::from_secs(60),
         )
         .map(|o| o.out())
         .unwrap_or_default();

@@ -267,7 +267,7 @@ impl Installation<'_> {
             return Err(RunError::Refused(format!("prove: {why}")));
         }
         for class in classes(self.options) {
-            let unseen = proof::container(self.layout, class, by_path)?;
+            let unseen = proof::container(self.layout, class, by_path).map_err(told_of_selinux)?;
             let of = match class {
                 Class::Node => String::new(),
                 class => format!(" of class {}", class.name()),
@@ -319,6 +319,20 @@ impl Installation<'_> {
                  look at its log"
             )),
         }
+    }
+}
+
+/// With what may be behind it, where SELinux has a say.
+fn told_of_selinux(error: RunError) -> RunError {
+    let text = error.to_string();
+    let enforces = std::fs::read_to_string("/sys/fs/selinux/enforce");
+    let enforces = enforces.is_ok_and(|text| text.trim() == "1");
+    match enforces && text.to_lowercase().contains("permission denied") {
+        true => RunError::Refused(format!(
+            "{text}; SELinux enforces here: ausearch -m avc has what it refused; --prefix names a \
+             directory whose files containerd may execute, as /usr/local/libexec/casemate"
+        )),
+        false => error,
     }
 }
 

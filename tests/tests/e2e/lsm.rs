@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
 
 use casemate_tests::bundle::Task;
 use casemate_tests::exec::Exec;
@@ -194,7 +195,7 @@ fn apparmor_in_force() -> Outcome {
 fn c131_selinux_is_applied_or_refused() -> Outcome {
     casemate_only()?;
     if has("selinux") {
-        if std::env::var_os("CASEMATE_TEST_SELINUX").is_none() {
+        if !selinux_is_ours() {
             return skip("this kernel has SELinux, and the test would load a policy of its own");
         }
         return selinux_in_force();
@@ -210,14 +211,15 @@ fn c131_selinux_is_applied_or_refused() -> Outcome {
     Ok(())
 }
 
-/// A policy of four types, where the kernel and all that isn't told otherwise is
-/// `node_t` and may do anything. `held_t` reads every file but `secret_t`. Classes and
+/// A policy of six types, where the kernel and all that isn't told otherwise is
+/// `node_t` and may do anything. `held_t` reads every file but `secret_t`; `daemon_t`,
+/// as which a containerd may run, reads and executes all but `shut_t`. Classes and
 /// permissions that aren't named are allowed.
 const POLICY: &str = "
 (handleunknown allow)
 (mls true)
 (policycap nnp_nosuid_transition)
-(class file (read entrypoint))
+(class file (read execute entrypoint))
 (class process (transition dyntransition))
 (classorder (file process))
 (sid kernel)
@@ -242,21 +244,31 @@ const POLICY: &str = "
 (type held_t)
 (type secret_t)
 (type shown_t)
+(type daemon_t)
+(type shut_t)
 (roletype node_r node_t)
 (roletype node_r held_t)
+(roletype node_r daemon_t)
 (roletype object_r node_t)
 (roletype object_r held_t)
 (roletype object_r secret_t)
 (roletype object_r shown_t)
+(roletype object_r daemon_t)
+(roletype object_r shut_t)
 (typepermissive node_t)
 (sidcontext kernel (node_u node_r node_t lowrange))
 (sidcontext security (node_u object_r node_t lowrange))
 (sidcontext unlabeled (node_u object_r node_t lowrange))
 (allow node_t held_t (process (transition)))
-(allow held_t node_t (file (read entrypoint)))
-(allow held_t shown_t (file (read entrypoint)))
+(allow held_t node_t (file (read execute entrypoint)))
+(allow held_t shown_t (file (read execute entrypoint)))
 (allow held_t held_t (file (read)))
+(allow held_t secret_t (file (execute)))
 (allow held_t held_t (process (transition)))
+(allow node_t daemon_t (process (transition)))
+(allow daemon_t node_t (file (read execute entrypoint)))
+(allow daemon_t daemon_t (file (read execute)))
+(allow daemon_t daemon_t (process (transition dyntransition)))
 ";
 
 fn tool(program: &str, args: &[&str]) -> Outcome {
@@ -266,7 +278,25 @@ fn tool(program: &str, args: &[&str]) -> Outcome {
     Ok(())
 }
 
-fn selinux_in_force() -> Outcome {
+/// Whether this is a node whose SELinux is for trials to set up.
+pub fn selinux_is_ours() -> bool {
+    has("selinux") && std::env::var_os("CASEMATE_TEST_SELINUX").is_some()
+}
+
+/// Has the kernel enforce the policy; once, as trials run side by side.
+pub fn enforce() -> Outcome {
+    static DONE: Mutex<bool> = Mutex::new(false);
+    let Ok(mut done) = DONE.lock() else {
+        return fail("the policy could not be loaded");
+    };
+    if !*done {
+        load()?;
+        *done = true;
+    }
+    Ok(())
+}
+
+fn load() -> Outcome {
     let dir = World::get()?.dir().join("selinux");
     fs::create_dir_all(&dir)?;
     let path = |name: &str| dir.join(name).display().to_string();
@@ -282,6 +312,13 @@ fn selinux_in_force() -> Outcome {
     }
     fs::write(selinux.join("load"), fs::read(&binary)?)?;
     fs::write(selinux.join("enforce"), "1")?;
+    Ok(())
+}
+
+fn selinux_in_force() -> Outcome {
+    enforce()?;
+    let dir = World::get()?.dir().join("selinux");
+    let path = |name: &str| dir.join(name).display().to_string();
     // A volume whose files have a label.
     let secrets = path("secrets");
     fs::create_dir_all(&secrets)?;

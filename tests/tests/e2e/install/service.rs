@@ -1,5 +1,5 @@
-//! Nodes as distributions have them: containerd as a service of a real systemd. In
-//! virtual machines alone: `make vm-test`.
+//! Nodes as distributions have them: containerd as a service of a real systemd, and
+//! SELinux that enforces. In virtual machines alone: `make vm-test`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,18 +7,21 @@ use std::process::Command;
 use std::time::Duration;
 
 use casemate_tests::ctr::Ctr;
+use casemate_tests::generation::Generation;
 use casemate_tests::run::{Output, run, until};
 use casemate_tests::skip::{Outcome, Stop, skip};
 use casemate_tests::{ensure, ensure_eq, world};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use super::node::{Tree, same, walk};
-use crate::trials;
+use super::node::{Node, Tree, same, walk};
+use crate::{lsm, trials};
 
 trials! {
     install_by_systemd_and_back,
     install_by_systemd_goes_back,
     install_by_systemd_despite_its_start_limit,
     install_by_systemd_with_a_unit_that_is_broken,
+    install_where_selinux_enforces,
 }
 
 /// Set where the machine itself is for the trials to install on.
@@ -204,4 +207,68 @@ fn install_by_systemd_with_a_unit_that_is_broken() -> Outcome {
         "its configuration is as it was, and it doesn't run with that either",
     ])?;
     same("after the way back", &before, &node.tree())
+}
+
+/// With a policy that lets containerd execute all but what is in one directory: refused
+/// there, with the way out, which works.
+fn install_where_selinux_enforces() -> Outcome {
+    if !lsm::selinux_is_ours() {
+        return skip("it needs a machine of its own with SELinux");
+    }
+    lsm::enforce()?;
+    let node = Node::new(Generation::V1_6)?;
+    let script = fs::read_to_string(node.dir.join("restart"))?;
+    let label = "node_u:node_r:daemon_t:s0";
+    let labelled = script.replace(
+        "  setsid ",
+        &format!("  sh -c 'printf %s {label} >/proc/self/attr/exec; exec setsid \"$@\"' sh "),
+    );
+    ensure!(labelled != script, "the script has no setsid");
+    fs::write(node.dir.join("restart"), labelled)?;
+    let opt = node.dir.join("opt");
+    mount(
+        "tmpfs",
+        &opt,
+        "tmpfs",
+        MountFlags::empty(),
+        Some(c"context=node_u:object_r:shut_t:s0"),
+    )?;
+    let outcome = refused_then_allowed(&node, label);
+    unmount(&opt, UnmountFlags::DETACH)?;
+    outcome
+}
+
+fn refused_then_allowed(node: &Node, label: &str) -> Outcome {
+    node.up()?;
+    let pid = fs::read_to_string(node.dir.join("pid"))?;
+    let is = fs::read_to_string(format!("/proc/{}/attr/current", pid.trim()))?;
+    ensure_eq!(
+        is.trim_end_matches(['\0', '\n']),
+        label,
+        "containerd's label"
+    );
+    let before = node.tree();
+    let patient = ["--timeout", "120"];
+    node.refuses(
+        "install",
+        &patient,
+        &[
+            "prove: make a sandbox",
+            "permission denied",
+            "SELinux enforces here",
+            "--prefix",
+            "the node is as it was, and containerd runs",
+        ],
+    )?;
+    same("after a refusal", &before, &node.tree())?;
+    let prefix = node.dir.join("usr/local/libexec/casemate");
+    let prefix = prefix.display().to_string();
+    let prefix = ["--prefix", &prefix, "--timeout", "120"];
+    let said = node.must("install", &prefix)?;
+    ensure!(
+        said.contains("proof: a container of class strict ran"),
+        "install: {said}"
+    );
+    node.must("uninstall", &prefix)?;
+    same("after uninstall", &before, &node.tree())
 }
