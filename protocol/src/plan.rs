@@ -86,11 +86,24 @@ pub struct LearnPlan {
     /// Calls of which some arguments tell kinds apart: which, and which bits of
     /// their low halves. At most three of a call.
     pub kinds: Vec<(u32, Vec<(u8, u32)>)>,
-    /// Calls with an argument that leads to a path.
-    pub paths: Vec<(u32, u8)>,
-    /// Calls with an argument that leads to a socket address, the next one being its
-    /// length; true where the address is the caller's own.
-    pub addresses: Vec<(u32, u8, bool)>,
+    /// Calls with an argument that leads to a path, and, where it is not the working
+    /// directory, the argument that says what a relative one starts from.
+    pub paths: Vec<(u32, u8, Option<u8>)>,
+    /// Calls with an argument that leads to socket addresses, and in which form.
+    pub addresses: Vec<(u32, u8, AddressForm)>,
+}
+
+/// What an argument leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AddressForm {
+    /// An address that is to be the caller's own; the next argument is its length.
+    Own,
+    /// Another's; the next argument is its length.
+    Other,
+    /// A message with another's address (`struct msghdr`, sendmsg(2)).
+    Message,
+    /// As many of them as the next argument says (`struct mmsghdr`, sendmmsg(2)).
+    Messages,
 }
 
 /// How refused calls are answered.

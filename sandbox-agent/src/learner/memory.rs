@@ -8,17 +8,25 @@ use rustix::fs::{CWD, Mode, OFlags};
 
 /// Longest beginning of a path that is looked at.
 const PATH: usize = 128;
+/// What stands for the working directory in place of a descriptor.
+const AT_CWD: i32 = -100;
+/// Messages of one call that are looked at.
+const MESSAGES: usize = 8;
+/// Length of a `struct mmsghdr`; it begins with a `struct msghdr`.
+const MESSAGE: usize = 64;
+/// Shortest address with a port.
+pub const SHORTEST: u64 = 4;
 /// AF_INET and AF_INET6.
 const INTERNET: [u16; 2] = [2, 10];
 
 /// The beginning of a path.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Path {
-    /// Absolute, below this directory of the root; the root itself is "".
+    /// Below this directory of the root; the root itself is "".
     Below(String),
-    /// Not absolute.
-    Relative,
-    /// Absolute, with a name that can't be told: too long, or no text.
+    /// None: empty, or of something that is no directory.
+    Nowhere,
+    /// With a name that can't be told: too long, or no text.
     Odd,
 }
 
@@ -74,10 +82,53 @@ impl Reader {
         }
     }
 
-    /// The path at `address`.
-    pub fn path(&self, pid: u32, address: u64) -> Result<Path, Unread> {
+    /// The path at `address`, which starts from this descriptor if it is relative;
+    /// from the working directory without one.
+    pub fn path(&self, pid: u32, address: u64, start: Option<i32>) -> Result<Path, Unread> {
         let mut buffer = [0; PATH];
-        self.read(pid, address, &mut buffer).map(parse_path)
+        let path = self.read(pid, address, &mut buffer)?;
+        match path.first() {
+            None | Some(0) => return Ok(Path::Nowhere),
+            Some(b'/') => return Ok(parse_path(&[], path)),
+            Some(_) => {}
+        }
+        let start = match start {
+            None | Some(AT_CWD) => format!("/proc/{pid}/cwd"),
+            Some(fd) => format!("/proc/{pid}/fd/{fd}"),
+        };
+        let mut buffer = [0; PATH];
+        // No such descriptor, mostly: the call will say so.
+        let length = rustix::fs::readlinkat_raw(CWD, &start, &mut buffer).unwrap_or(0);
+        Ok(match buffer.get(..length) {
+            Some(start @ [b'/', ..]) => parse_path(start, path),
+            _ => Path::Nowhere,
+        })
+    }
+
+    /// Ports of the messages at `address`, of which there are this many, with 0 for
+    /// each that names none: an array's where `several`, else one alone.
+    pub fn ports_of_messages(
+        &self,
+        pid: u32,
+        address: u64,
+        count: usize,
+    ) -> Result<Vec<u16>, Unread> {
+        let mut buffer = [0; MESSAGES * MESSAGE];
+        let wanted = buffer.get_mut(..count.min(MESSAGES) * MESSAGE);
+        let read = self.read(pid, address, wanted.unwrap_or_default())?;
+        // The last one's length of what was sent, and the padding before it, may lie
+        // behind the end.
+        let heads = read.chunks(MESSAGE).filter_map(|head| head.first_chunk());
+        let ports = heads.map(|head: &[u8; 12]| {
+            let (name, length) = head.split_at(8);
+            let name = name.try_into().map_or(0, u64::from_ne_bytes);
+            let length = length.try_into().map_or(0, u32::from_ne_bytes);
+            match name != 0 && u64::from(length) >= SHORTEST {
+                true => self.port(pid, name),
+                false => Ok(0),
+            }
+        });
+        ports.collect()
     }
 
     /// The port of the internet socket address at `address`; 0 for one of another
@@ -101,29 +152,41 @@ fn open(path: &str) -> rustix::io::Result<OwnedFd> {
     rustix::fs::openat(CWD, path, flags, Mode::empty())
 }
 
-fn parse_path(bytes: &[u8]) -> Path {
-    let end = bytes.iter().position(|byte| *byte == 0);
-    let whole = end.is_some();
-    let bytes = end.map_or(bytes, |end| &bytes[..end]);
-    if bytes.first() != Some(&b'/') {
-        return Path::Relative;
-    }
-    let mut parts = bytes.split(|byte| *byte == b'/').peekable();
-    while let Some(part) = parts.next() {
-        // The last one may have been cut.
-        let is_complete = whole || parts.peek().is_some();
-        match part {
-            // Nothing is above the root.
-            b"" | b"." | b".." if is_complete => {}
-            _ if !is_complete || part.len() > MAX_DIRECTORY => return Path::Odd,
-            _ => {
-                let text = std::str::from_utf8(part).ok();
-                let text = text.filter(|text| !text.chars().any(char::is_control));
-                return text.map_or(Path::Odd, |text| Path::Below(text.to_owned()));
+/// The directory below the root where a path leads that begins so, from a directory
+/// whose own path, absolute, begins like `start`; without looking at links.
+fn parse_path(start: &[u8], path: &[u8]) -> Path {
+    let end = path.iter().position(|byte| *byte == 0);
+    let whole = [start.len() < PATH, end.is_some()];
+    let path = end.map_or(path, |end| &path[..end]);
+    let mut depth = 0_usize;
+    let mut top: &[u8] = b"";
+    for (text, is_whole) in [start, path].into_iter().zip(whole) {
+        let mut parts = text.split(|byte| *byte == b'/').peekable();
+        while let Some(part) = parts.next() {
+            // The last one may have been cut.
+            let is_complete = is_whole || parts.peek().is_some();
+            match part {
+                b"" | b"." if is_complete => {}
+                // Nothing is above the root.
+                b".." if is_complete => depth = depth.saturating_sub(1),
+                _ if depth == 0 && (!is_complete || part.len() > MAX_DIRECTORY) => {
+                    return Path::Odd;
+                }
+                _ => {
+                    if depth == 0 {
+                        top = part;
+                    }
+                    depth += 1;
+                }
             }
         }
     }
-    Path::Below(String::new())
+    if depth == 0 {
+        top = b"";
+    }
+    let text = std::str::from_utf8(top).ok();
+    let text = text.filter(|text| !text.chars().any(char::is_control));
+    text.map_or(Path::Odd, |text| Path::Below(text.to_owned()))
 }
 
 #[cfg(test)]
@@ -135,21 +198,25 @@ mod tests {
     }
 
     #[test]
-    fn the_first_directory_of_a_path_is_found() {
-        for (text, wanted) in [
-            (&b"/etc/passwd\0junk"[..], below("etc")),
-            (b"/etc\0", below("etc")),
-            (b"//etc//x\0", below("etc")),
-            (b"/./../usr/lib\0", below("usr")),
-            (b"/\0", below("")),
-            (b"/..\0", below("")),
-            (b"etc/passwd\0", Path::Relative),
-            (b"\0", Path::Relative),
-            (b"", Path::Relative),
-            (b"./etc\0", Path::Relative),
-            (b"/caf\xc3\xa9/x\0", below("caf\u{e9}")),
+    fn the_directory_below_the_root_is_found() {
+        for (start, text, wanted) in [
+            (&b""[..], &b"/etc/passwd\0junk"[..], below("etc")),
+            (b"", b"/etc\0", below("etc")),
+            (b"", b"//etc//x\0", below("etc")),
+            (b"", b"/./../usr/lib\0", below("usr")),
+            (b"", b"/etc/../usr/lib\0", below("usr")),
+            (b"", b"/etc/x/../../..\0", below("")),
+            (b"", b"/\0", below("")),
+            (b"", b"/..\0", below("")),
+            (b"", b"/caf\xc3\xa9/x\0", below("caf\u{e9}")),
+            (b"/", b"etc/passwd\0", below("etc")),
+            (b"/", b"./.\0", below("")),
+            (b"/srv/www", b"index.html\0", below("srv")),
+            (b"/srv/www", b"../../etc/passwd\0", below("etc")),
+            (b"/srv/www", b"../x\0", below("srv")),
+            (b"/srv", b"../../../var\0", below("var")),
         ] {
-            assert_eq!(parse_path(text), wanted, "{text:?}");
+            assert_eq!(parse_path(start, text), wanted, "{start:?} {text:?}");
         }
     }
 
@@ -157,16 +224,19 @@ mod tests {
     fn what_cannot_be_told_is_odd() {
         let long = [&b"/"[..], &[b'x'; 64], b"/y\0"].concat();
         let cut = [&b"/"[..], &[b'x'; 20]].concat();
+        let cut_start = [&b"/"[..], &[b'x'; PATH - 1]].concat();
         let slashes = [b'/'; PATH];
-        for text in [
-            &b"/\xff\xfe/x\0"[..],
-            b"/a\x1b[31m/x\0",
-            b"/a\nb/x\0",
-            &long,
-            &cut,
-            &slashes,
+        for (start, text) in [
+            (&b""[..], &b"/\xff\xfe/x\0"[..]),
+            (b"", b"/a\x1b[31m/x\0"),
+            (b"", b"/a\nb/x\0"),
+            (b"", &long),
+            (b"", &cut),
+            (b"", &slashes),
+            (b"/a\x1b[31m", b"x\0"),
+            (&cut_start, b"x\0"),
         ] {
-            assert_eq!(parse_path(text), Path::Odd, "{text:?}");
+            assert_eq!(parse_path(start, text), Path::Odd, "{start:?} {text:?}");
         }
     }
 
@@ -174,7 +244,7 @@ mod tests {
     fn memory_is_read_as_far_as_it_goes() {
         let me = std::process::id();
         let reader = Reader::new(b"casemate-agent");
-        let path = |pid, address| reader.path(pid, address);
+        let path = |pid, address| reader.path(pid, address, None);
         let port = |pid, address| reader.port(pid, address);
         let name = c"/srv/www/index.html";
         assert_eq!(path(me, name.as_ptr() as u64), Ok(below("srv")));
@@ -187,5 +257,55 @@ mod tests {
             assert_eq!(port(me, nowhere), Err(Unread::Nothing), "{nowhere:x}");
         }
         assert_eq!(path(0, name.as_ptr() as u64), Err(Unread::Nothing));
+    }
+
+    #[test]
+    fn relative_paths_start_somewhere() {
+        use std::os::fd::AsRawFd;
+        let me = std::process::id();
+        let reader = Reader::new(b"casemate-agent");
+        let name = c"x/y";
+        let path = |start| reader.path(me, name.as_ptr() as u64, start);
+        let proc = std::fs::File::open("/proc/self").unwrap();
+        assert_eq!(path(Some(proc.as_raw_fd())), Ok(below("proc")));
+        let here = std::env::current_dir().unwrap();
+        let first = here.components().nth(1).unwrap();
+        let first = below(first.as_os_str().to_str().unwrap());
+        assert_eq!(path(None), Ok(first));
+        assert_eq!(path(Some(AT_CWD)), path(None));
+        let (pipe, _other) = std::io::pipe().unwrap();
+        for none in [i32::MAX, -1, i32::MIN, pipe.as_raw_fd()] {
+            assert_eq!(path(Some(none)), Ok(Path::Nowhere), "{none}");
+        }
+        let empty = reader.path(me, c"".as_ptr() as u64, None);
+        assert_eq!(empty, Ok(Path::Nowhere));
+    }
+
+    #[test]
+    fn messages_are_read_as_far_as_they_go() {
+        let me = std::process::id();
+        let reader = Reader::new(b"casemate-agent");
+        let address = |port: u16| [2u16.to_ne_bytes(), port.to_be_bytes()].concat();
+        let (one, two) = (address(53), address(54));
+        let message = |name: &[u8], length: u32| {
+            let mut message = vec![0xee; MESSAGE];
+            message[..8].copy_from_slice(&(name.as_ptr() as u64).to_ne_bytes());
+            message[8..12].copy_from_slice(&length.to_ne_bytes());
+            message
+        };
+        let none = [0; MESSAGE].to_vec();
+        let all = [message(&one, 16), none, message(&two, 16), message(&two, 2)].concat();
+        let ports = |address: u64, count| reader.ports_of_messages(me, address, count);
+        let at = all.as_ptr() as u64;
+        assert_eq!(ports(at, 1), Ok(vec![53]));
+        assert_eq!(ports(at, 4), Ok(vec![53, 0, 54, 0]));
+        let many = message(&one, 16).repeat(MESSAGES + 3);
+        let at = many.as_ptr() as u64;
+        assert_eq!(ports(at, usize::MAX), Ok(vec![53; MESSAGES]));
+        assert_eq!(ports(at, 0), Err(Unread::Nothing));
+        assert_eq!(ports(1, 1), Err(Unread::Nothing));
+        let mut wild = message(&one, 16);
+        wild[..8].copy_from_slice(&u64::MAX.to_ne_bytes());
+        assert_eq!(ports(wild.as_ptr() as u64, 1), Err(Unread::Nothing));
     }
 }

@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use casemate_protocol::plan::LearnPlan;
+use casemate_protocol::plan::{AddressForm, LearnPlan};
 use casemate_protocol::{Channel, FromLearner, MAX_SEEN, Seen};
 use casemate_sys::notify::Question;
 use casemate_sys::observe::Asked;
 
-use super::memory::{Path, Reader, Unread};
+use super::memory::{Path, Reader, SHORTEST, Unread};
 
 /// Kinds of calls that are told apart.
 const KINDS: usize = 4096;
@@ -47,8 +47,8 @@ struct Lost {
 pub struct Notes {
     reader: Reader,
     kinds: BTreeMap<u32, Vec<(u8, u32)>>,
-    paths: BTreeMap<u32, u8>,
-    addresses: BTreeMap<u32, (u8, bool)>,
+    paths: BTreeMap<u32, (u8, Option<u8>)>,
+    addresses: BTreeMap<u32, (u8, AddressForm)>,
     calls: BTreeMap<(u32, [u32; 3]), Tally>,
     /// Kinds by call.
     of_call: BTreeMap<u32, u16>,
@@ -63,12 +63,14 @@ pub struct Notes {
 impl Notes {
     /// Empty ones.
     pub fn new(plan: &LearnPlan, reader: Reader) -> Notes {
-        let addresses = plan.addresses.iter();
+        let (paths, addresses) = (plan.paths.iter(), plan.addresses.iter());
         Notes {
             reader,
             kinds: plan.kinds.iter().cloned().collect(),
-            paths: plan.paths.iter().copied().collect(),
-            addresses: addresses.map(|(nr, at, own)| (*nr, (*at, *own))).collect(),
+            paths: paths.map(|(nr, at, start)| (*nr, (*at, *start))).collect(),
+            addresses: addresses
+                .map(|(nr, at, form)| (*nr, (*at, *form)))
+                .collect(),
             calls: BTreeMap::new(),
             of_call: BTreeMap::new(),
             bound: BTreeMap::new(),
@@ -88,19 +90,44 @@ impl Notes {
     pub fn take(&mut self, asked: &Asked<'_>) -> bool {
         let question = asked.question();
         let mut new = self.call(question);
-        if let Some(at) = self.paths.get(&question.nr) {
-            let path = self.reader.path(question.pid, argument(question, *at));
+        if let Some((at, start)) = self.paths.get(&question.nr) {
+            // Descriptors are ints, whatever the upper half says.
+            let start = start.map(|at| argument(question, at) as i32);
+            let address = argument(question, *at);
+            let path = self.reader.path(question.pid, address, start);
             new |= self.path(path, || asked.is_current());
         }
-        if let Some((at, own)) = self.addresses.get(&question.nr).copied() {
-            let address = argument(question, at);
-            // sendto(2) has none on a connected socket.
-            if address != 0 && argument(question, at + 1) >= 4 {
-                let port = self.reader.port(question.pid, address);
+        if let Some((at, form)) = self.addresses.get(&question.nr).copied() {
+            for port in self.ports(question, at, form) {
+                let own = form == AddressForm::Own;
                 new |= self.port(port, own, || asked.is_current());
             }
         }
         new
+    }
+
+    fn ports(&self, question: &Question, at: u8, form: AddressForm) -> Vec<Result<u16, Unread>> {
+        let (pid, address) = (question.pid, argument(question, at));
+        let length = argument(question, at + 1);
+        let messages = match form {
+            // sendto(2) has no address on a connected socket.
+            AddressForm::Own | AddressForm::Other if address == 0 || length < SHORTEST => {
+                return Vec::new();
+            }
+            AddressForm::Own | AddressForm::Other => return vec![self.reader.port(pid, address)],
+            AddressForm::Message => 1,
+            AddressForm::Messages => length as u32,
+        };
+        if messages == 0 {
+            return Vec::new();
+        }
+        match self
+            .reader
+            .ports_of_messages(pid, address, messages as usize)
+        {
+            Ok(ports) => ports.into_iter().map(Ok).collect(),
+            Err(why) => vec![Err(why)],
+        }
     }
 
     fn call(&mut self, question: &Question) -> bool {
@@ -131,7 +158,7 @@ impl Notes {
     /// `is_current` is asked last, and only of what is new.
     fn path(&mut self, path: Result<Path, Unread>, is_current: impl Fn() -> bool) -> bool {
         let name = match path {
-            Ok(Path::Relative) | Err(Unread::Runtime) => return false,
+            Ok(Path::Nowhere) | Err(Unread::Runtime) => return false,
             Ok(Path::Below(name)) if self.directories.contains_key(&name) => return false,
             Ok(Path::Below(name)) if self.directories.len() < DIRECTORIES => name,
             Ok(Path::Below(_) | Path::Odd) => {

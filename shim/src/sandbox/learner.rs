@@ -14,7 +14,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use casemate_protocol::capabilities::LEARNER;
-use casemate_protocol::plan::LearnPlan;
+use casemate_protocol::plan::{AddressForm, LearnPlan};
 use casemate_protocol::{Channel, FromLearner, ToAgent, TransportError, clip, seal_plan};
 use casemate_spec::Tightened;
 use casemate_sys::message;
@@ -40,54 +40,56 @@ const MESSAGES: u32 = 1024;
 /// For what the learners of a dead pod have said to be taken.
 const HEARD_WITHIN: Duration = Duration::from_secs(3);
 
-/// Calls with an argument that leads to a path, and which.
-const PATHS: &[(&str, u8)] = &[
-    ("open", 0),
-    ("openat", 1),
-    ("openat2", 1),
-    ("creat", 0),
-    ("stat", 0),
-    ("lstat", 0),
-    ("newfstatat", 1),
-    ("statx", 1),
-    ("statfs", 0),
-    ("access", 0),
-    ("faccessat", 1),
-    ("faccessat2", 1),
-    ("readlink", 0),
-    ("readlinkat", 1),
-    ("execve", 0),
-    ("execveat", 1),
-    ("truncate", 0),
-    ("mkdir", 0),
-    ("mkdirat", 1),
-    ("mknod", 0),
-    ("mknodat", 1),
-    ("rmdir", 0),
-    ("unlink", 0),
-    ("unlinkat", 1),
-    ("rename", 1),
-    ("renameat", 3),
-    ("renameat2", 3),
-    ("link", 1),
-    ("linkat", 3),
-    ("symlink", 1),
-    ("symlinkat", 2),
-    ("chmod", 0),
-    ("fchmodat", 1),
-    ("chown", 0),
-    ("lchown", 0),
-    ("fchownat", 1),
-    ("utimensat", 1),
-    ("inotify_add_watch", 1),
+/// Calls with an argument that leads to a path, which, and which one says where a
+/// relative path starts, if that is not the working directory.
+const PATHS: &[(&str, u8, Option<u8>)] = &[
+    ("open", 0, None),
+    ("openat", 1, Some(0)),
+    ("openat2", 1, Some(0)),
+    ("creat", 0, None),
+    ("stat", 0, None),
+    ("lstat", 0, None),
+    ("newfstatat", 1, Some(0)),
+    ("statx", 1, Some(0)),
+    ("statfs", 0, None),
+    ("access", 0, None),
+    ("faccessat", 1, Some(0)),
+    ("faccessat2", 1, Some(0)),
+    ("readlink", 0, None),
+    ("readlinkat", 1, Some(0)),
+    ("execve", 0, None),
+    ("execveat", 1, Some(0)),
+    ("truncate", 0, None),
+    ("mkdir", 0, None),
+    ("mkdirat", 1, Some(0)),
+    ("mknod", 0, None),
+    ("mknodat", 1, Some(0)),
+    ("rmdir", 0, None),
+    ("unlink", 0, None),
+    ("unlinkat", 1, Some(0)),
+    ("rename", 1, None),
+    ("renameat", 3, Some(2)),
+    ("renameat2", 3, Some(2)),
+    ("link", 1, None),
+    ("linkat", 3, Some(2)),
+    ("symlink", 1, None),
+    ("symlinkat", 2, Some(1)),
+    ("chmod", 0, None),
+    ("fchmodat", 1, Some(0)),
+    ("chown", 0, None),
+    ("lchown", 0, None),
+    ("fchownat", 1, Some(0)),
+    ("utimensat", 1, Some(0)),
+    ("inotify_add_watch", 1, None),
 ];
 
-/// Calls with an argument that leads to a socket's address, which, and whether it is
-/// to be the caller's own.
-const ADDRESSES: &[(&str, u8, bool)] = &[
-    ("bind", 1, true),
-    ("connect", 1, false),
-    ("sendto", 4, false),
+/// Calls with an argument that leads to socket addresses, which, and their form.
+const ADDRESSES: &[(&str, u8, AddressForm)] = &[
+    ("bind", 1, AddressForm::Own),
+    ("connect", 1, AddressForm::Other),
+    ("sendto", 4, AddressForm::Other),
+    ("sendmsg", 1, AddressForm::Message),
+    ("sendmmsg", 1, AddressForm::Messages),
 ];
 
 /// A container's learner, for as long as anybody is behind the container's filter.
@@ -104,10 +106,10 @@ fn learn_plan() -> Result<LearnPlan, SandboxError> {
         filter: plan::program("learner")?,
         kinds: observed::told_apart().collect(),
         paths: paths
-            .filter_map(|(name, at)| Some((table::number(name)?, *at)))
+            .filter_map(|(name, at, start)| Some((table::number(name)?, *at, *start)))
             .collect(),
         addresses: addresses
-            .filter_map(|(name, at, own)| Some((table::number(name)?, *at, *own)))
+            .filter_map(|(name, at, form)| Some((table::number(name)?, *at, *form)))
             .collect(),
     })
 }

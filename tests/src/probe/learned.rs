@@ -1,14 +1,17 @@
 //! What a learner sees: a few calls of known kinds, addresses and paths.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Instant;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
-use rustix::net::{AddressFamily, SendFlags, SocketType, bind, connect, listen, sendto, socket};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendFlags, SocketType, bind, connect, listen, sendmsg_addr,
+    sendto, socket,
+};
 
-/// Binds `port`, connects to it, sends to the next one; opens, looks at and removes
-/// files of /etc, /srv and /mnt. What becomes of it isn't looked at.
+/// Binds `port`, connects to it, sends to the next two; opens, looks at and removes
+/// files of /etc, /opt, /tmp, /var, /srv and /mnt. What becomes of it isn't looked at.
 pub fn deeds(port: u16) -> io::Result<()> {
     let address = |port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
     let server = socket(AddressFamily::INET, SocketType::STREAM, None)?;
@@ -18,9 +21,23 @@ pub fn deeds(port: u16) -> io::Result<()> {
     let _refused = connect(&client, &address(port));
     let datagrams = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     let _refused = sendto(&datagrams, b"x", SendFlags::empty(), &address(port + 1));
+    let to = address(port + 2);
+    let _refused = sendmsg_addr(
+        &datagrams,
+        &to,
+        &[IoSlice::new(b"x")],
+        &mut SendAncillaryBuffer::default(),
+        SendFlags::empty(),
+    );
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let _none = rustix::fs::openat(CWD, "/etc/none", flags, Mode::empty());
-    let _none = rustix::fs::openat(CWD, "relative/none", flags, Mode::empty());
+    // From the root, from elsewhere, and from there back.
+    rustix::process::chdir("/")?;
+    let _none = rustix::fs::openat(CWD, "opt/none", flags, Mode::empty());
+    let tmp = rustix::fs::openat(CWD, "/tmp", flags | OFlags::DIRECTORY, Mode::empty())?;
+    let _none = rustix::fs::openat(&tmp, "none", flags, Mode::empty());
+    rustix::process::chdir("/tmp")?;
+    let _none = rustix::fs::openat(CWD, "../var/none", flags, Mode::empty());
     let _none = rustix::fs::statat(CWD, "/srv/none", AtFlags::empty());
     let _none = rustix::fs::unlinkat(CWD, "/mnt/none", AtFlags::empty());
     println!("done");
