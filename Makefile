@@ -18,6 +18,7 @@
 #   make probes          docs/security-probes.md: what attackers try, here and under runc
 #   make bench           times and memory beside runc, crun, runsc
 #   make image           the installer's image as an OCI layout in dist/image
+#   make reproduce       that image, built in two places: the same digest?
 #   make dist            release binaries, checksums and component list in dist/
 
 ARCH    := $(shell uname -m)
@@ -37,10 +38,16 @@ UNIT     = $(basename $(wildcard */tests/*.rs)) $(patsubst %/main.rs,%,$(filter-
 
 VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux bookworm:bare sid sid:systemd sid:selinux sid:bare
 
-.PHONY: help build quick check lint unit deny test daemons e2e e2e-older conformance compat compatibility learned kube kube-test cluster cluster-test vm-test docs docs-tables probes run bench image dist clean
+.PHONY: help build quick check lint unit deny test daemons e2e e2e-older conformance compat compatibility learned kube kube-test cluster cluster-test vm-test docs docs-tables probes run bench image reproduce dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
+
+# No path of the machine that builds stays in what is released: so two machines can
+# build the same. (Beside what .cargo/config.toml says, and not in its place.)
+CARGO_HOME ?= $(HOME)/.cargo
+build bench: export CARGO_TARGET_$(shell echo $(ARCH) | tr a-z A-Z)_UNKNOWN_LINUX_GNU_RUSTFLAGS = \
+  --remap-path-prefix=$(CARGO_HOME)/registry/src=/crates --remap-path-prefix=$(CURDIR)=/casemate
 
 build:
 	$(CARGO) build --release --locked --workspace --bins --features casemate/kubernetes
@@ -158,6 +165,10 @@ bench: build
 # The installer's image, without a Docker daemon: SOURCE_DATE_EPOCH is that of its files.
 image: build
 	$(TARGET)/release/testbed image --from $(TARGET)/release --output dist/image
+
+# Builds the image in two places, and compares.
+reproduce:
+	@scripts/reproduce.sh
 
 dist: build
 	rm -rf dist && mkdir -p dist
