@@ -67,9 +67,11 @@ fn c141_learner_that_lies_of_its_container() -> Outcome {
             task.boot()?;
             // What it says may come before what Create waits for.
             if task.create().is_ok() {
-                let _lost = task.rpc()?.start(&task.id);
+                let started = task.rpc()?.start(&task.id).is_ok();
                 let ended = task.rpc()?.wait(&task.id, Duration::from_secs(5))?;
-                ensure_eq!(ended.exit_status, 137, "exit status");
+                let status = ended.exit_status;
+                // 255 is that of a start that failed: the pod may end in the middle of it.
+                ensure!(status == 137 || !started && status == 255, "{status}");
                 let all = records(&task, "broker_loss")?;
                 ensure_eq!(all.len(), 1, "records: {all:?}");
             }
