@@ -370,12 +370,12 @@ static TABLE: &[Coverage] = &[
     refused(
         "linux.resources.cpu.realtimeRuntime",
         &RESOURCES,
-        "a workload gets no realtime",
+        "a workload gets no realtime (0 is none)",
     ),
     refused(
         "linux.resources.cpu.realtimePeriod",
         &RESOURCES,
-        "a workload gets no realtime",
+        "a workload gets no realtime (0 is none)",
     ),
     applied("linux.resources.pids.limit", ""),
     applied("linux.resources.blockIO.weight", ""),
@@ -528,8 +528,17 @@ fn walk_map(map: &Map<String, Value>, path: &str, paths: &mut BTreeSet<String>) 
     }
 }
 
+/// Numbers of which 0 says no more than nothing: nerdctl writes them always.
+const ZERO_IS_NONE: [&str; 2] = [
+    "linux.resources.cpu.realtimeRuntime",
+    "linux.resources.cpu.realtimePeriod",
+];
+
 fn walk(value: &Value, path: String, paths: &mut BTreeSet<String>) {
     let nothing = match value {
+        Value::Number(number) => {
+            number.as_u64() == Some(0) && ZERO_IS_NONE.contains(&path.as_str())
+        }
         Value::Null => true,
         Value::String(text) => text.is_empty(),
         // A map of empty maps is something: `netDevices: {"eth0": {}}`.

@@ -193,6 +193,20 @@ fn every_capability_is_cut_to_the_policy_and_only_that() {
 }
 
 #[test]
+fn no_realtime_is_what_nerdctl_asks_for() {
+    let asking = |period: u64| {
+        let cpu = json!({"shares": 2, "realtimeRuntime": 0, "realtimePeriod": period});
+        policy(
+            &with(CTR_1_6, &[("/linux/resources/cpu", cpu)]),
+            &config(""),
+        )
+    };
+    asking(0).unwrap();
+    let refusal = asking(1).unwrap_err().to_string();
+    assert!(refusal.contains("cpu.realtimePeriod"), "{refusal}");
+}
+
+#[test]
 fn what_kubectl_debug_asks_for_is_dropped_and_what_goes_beyond_is_refused() {
     let asking = |names: &[&str]| {
         let bytes = with(
