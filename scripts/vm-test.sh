@@ -27,10 +27,11 @@ done
 failed=0
 for where in "$@"; do
   list=$here/tests/vm-trials.txt
-  program=(sh -c 'uname -r; cat /proc/1/comm; "$0" && exec "$1" --skip in_no_time' "$trials" "$guard")
+  # One emulated processor: more trials at a time than two only wait for each other.
+  program=(sh -c 'uname -r; cat /proc/1/comm; "$0" --test-threads 2 && exec "$1" --skip in_no_time' "$trials" "$guard")
   unset VM_SYSTEMD VM_APPEND CASEMATE_TEST_NODE CASEMATE_TEST_SLICE CASEMATE_TEST_SELINUX
   if [ "${where#*:}" != "$where" ]; then
-    program=(sh -c 'uname -r; cat /proc/1/comm; exec "$0"' "$trials")
+    program=(sh -c 'uname -r; cat /proc/1/comm; exec "$0" --test-threads 2' "$trials")
   fi
   if [ "${where#*:}" = systemd ]; then
     list=$here/tests/vm-systemd-trials.txt

@@ -131,7 +131,8 @@ impl Streams {
                 (Sink::Direct(stdout), Sink::Direct(stderr))
             }
             Target::Null | Target::Fifo(_) => {
-                let stderr = Target::parse(&paths.stderr)?;
+                // A terminal has none, and nerdctl names a fifo that nobody made.
+                let stderr = Target::parse(if paths.terminal { "" } else { &paths.stderr })?;
                 (
                     Sink::copied(target.open_output()?),
                     Sink::copied(stderr.open_output()?),

@@ -40,6 +40,8 @@ pub struct Pod {
     pub since: SystemTime,
     book: Mutex<Book>,
     life: watch::Sender<Life>,
+    /// Changes whenever a Create has ended, either way.
+    created: watch::Sender<()>,
     /// Held by whoever ends the sandbox.
     ending: tokio::sync::Mutex<()>,
     leave: watch::Sender<bool>,
@@ -96,6 +98,7 @@ impl Pod {
             journal,
             book: Mutex::new(Book::default()),
             life: watch::Sender::new(Life::Awaited),
+            created: watch::Sender::new(()),
             ending: tokio::sync::Mutex::new(()),
             leave: watch::Sender::new(false),
             used: watch::Sender::new(false),
@@ -199,6 +202,19 @@ impl Pod {
     pub fn task(&self, id: &str) -> Result<Arc<Task>, ShimError> {
         let found = self.find(id);
         found.ok_or_else(|| ShimError::NotFound(format!("container {id:?} not found")))
+    }
+
+    /// As [`Pod::task`], but waits for the end of a Create of it that is under way: who
+    /// closes a stream as soon as Create has opened it may ask for the container first.
+    pub async fn task_made(&self, id: &str) -> Result<Arc<Task>, ShimError> {
+        let mut created = self.created.subscribe();
+        while self.book().creating.contains(id) && !self.book().tasks.contains_key(id) {
+            // Its sender lives in `self`.
+            if created.changed().await.is_err() {
+                break;
+            }
+        }
+        self.task(id)
     }
 
     /// The container with this id, if there is one.
@@ -344,6 +360,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.pod.book().creating.remove(&self.id);
+        self.pod.created.send_replace(());
         self.pod.note_use();
         self.pod.leave_if_idle();
     }

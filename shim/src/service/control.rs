@@ -182,9 +182,11 @@ pub fn resize_pty(pod: &Pod, request: &ResizePtyRequest) -> Result<Empty, ShimEr
     Ok(Empty::new())
 }
 
-/// Lets go of stdin. Counts also before there are streams.
-pub fn close_io(pod: &Pod, request: &CloseIORequest) -> Result<Empty, ShimError> {
-    let process = pod.task(&request.id)?.process(&request.exec_id)?;
+/// Lets go of stdin. Counts also before there are streams, and while Create is under
+/// way.
+pub async fn close_io(pod: &Pod, request: &CloseIORequest) -> Result<Empty, ShimError> {
+    let task = pod.task_made(&request.id).await?;
+    let process = task.process(&request.exec_id)?;
     if request.stdin {
         process.facts().stdin_closed = true;
         if let Some(streams) = process.streams() {

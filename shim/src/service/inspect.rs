@@ -1,5 +1,5 @@
 //! State, Wait, Connect, Pids: nothing here changes or waits for a lock
-//! that is held for long.
+//! that is held for long. (State waits for a Create of its container to end.)
 
 use std::collections::HashMap;
 
@@ -19,8 +19,8 @@ use crate::pod::state::Phase;
 use crate::pod::task::Task;
 
 /// Where a process is.
-pub fn state(pod: &Pod, request: &StateRequest) -> Result<StateResponse, ShimError> {
-    let task = pod.task(&request.id)?;
+pub async fn state(pod: &Pod, request: &StateRequest) -> Result<StateResponse, ShimError> {
+    let task = pod.task_made(&request.id).await?;
     let process = task.process(&request.exec_id)?;
     let (phase, pid) = {
         let facts = process.facts();

@@ -150,7 +150,7 @@ impl Task for Tasks {
     }
 
     async fn close_io(&self, _ctx: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        Ok(control::close_io(&self.pod, &request)?)
+        Ok(control::close_io(&self.pod, &request).await?)
     }
 
     async fn checkpoint(
@@ -166,7 +166,7 @@ impl Task for Tasks {
         _ctx: &TtrpcContext,
         request: StateRequest,
     ) -> ttrpc::Result<StateResponse> {
-        Ok(inspect::state(&self.pod, &request)?)
+        Ok(inspect::state(&self.pod, &request).await?)
     }
 
     async fn wait(&self, _ctx: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {

@@ -26,6 +26,7 @@ crate::trials![
     c062_writer_detaches_and_returns,
     c063_close_io_and_the_writer,
     c064_close_io_before_start,
+    c064_close_io_while_init_is_created,
     c088_reader_of_an_exec_goes_and_returns,
     exec_output_that_nobody_reads,
     exec_fifos_that_are_removed,
@@ -239,6 +240,40 @@ fn c064_close_io_before_start() -> Outcome {
     exec.delete()?;
     ensure_eq!(exec.stdout.text(SHORT)?, "end\n", "output");
     Ok(task.finish()?)
+}
+
+/// A client whose input ends as soon as Create has opened its fifo asks whether there is
+/// a container, as nerdctl does, before Create has answered.
+fn c064_close_io_while_init_is_created() -> Outcome {
+    for _ in 0..5 {
+        let mut task = Task::new("c064init", &["/bin/cat"])?;
+        let path = task.side.join("stdin");
+        task.stdio[0] = path.display().to_string();
+        task.boot()?;
+        let (created, closed) = std::thread::scope(|scope| {
+            let client = scope.spawn(|| -> Outcome {
+                // Waits for the shim's end.
+                let mut input = OpenOptions::new().write(true).open(&path)?;
+                input.write_all(b"through\n")?;
+                task.rpc()?.state(&task.id)?;
+                let ask = CloseIORequest {
+                    id: task.id.clone(),
+                    stdin: true,
+                    ..CloseIORequest::default()
+                };
+                task.rpc()?.call::<Empty>("CloseIO", &ask, SHORT)?;
+                Ok(())
+            });
+            (task.create(), client.join())
+        });
+        created?;
+        closed.unwrap_or_else(|_| fail("the client panicked"))?;
+        let ended = task.start_and_wait()?;
+        ensure_eq!(ended.exit_status, 0, "exit status");
+        ensure_eq!(task.stdout.text(SHORT)?, "through\n", "output");
+        task.finish()?;
+    }
+    Ok(())
 }
 
 fn c088_reader_of_an_exec_goes_and_returns() -> Outcome {

@@ -25,6 +25,7 @@ crate::trials![
     c066_resize,
     c066_resize_before_start,
     c094_terminal_of_init,
+    c094_terminal_has_no_stderr,
     c094_job_control,
     c094_output_is_drained_at_exit,
     terminal_in_each_profile,
@@ -49,6 +50,18 @@ fn create(task: &mut Task) -> Outcome {
     request.terminal = true;
     let _: CreateTaskResponse = task.rpc()?.call("Create", &request, SHORT)?;
     Ok(())
+}
+
+/// nerdctl names a fifo that nobody has made.
+fn c094_terminal_has_no_stderr() -> Outcome {
+    let script = "test -t 2 && echo terminal >&2";
+    let mut task = on_terminal("c094e", &["/bin/sh", "-c", script])?;
+    task.stdio[2] = task.side.join("none/stderr").display().to_string();
+    create(&mut task)?;
+    let ended = task.start_and_wait()?;
+    ensure_eq!(ended.exit_status, 0, "exit status");
+    ensure_eq!(task.stdout.text(SHORT)?, "terminal\r\n", "output");
+    Ok(task.finish()?)
 }
 
 /// The client's side of a terminal's input.
