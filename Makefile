@@ -10,6 +10,7 @@
 #   make learned         servers under profiles that their own load made: docs/learning.md's table with WRITE=1
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd, SELinux or no nf_tables
 #   make kube-test       runtimeclass/ on a real API server; the first time it is built, a quarter of an hour
+#   make nerdctl-test    a real nerdctl on three containerds, built from its Go module the first time
 #   make cluster-test    a whole cluster with a real kubelet: the DaemonSet installs, pods run; built as that is
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
@@ -38,7 +39,7 @@ UNIT     = $(basename $(wildcard */tests/*.rs)) $(patsubst %/main.rs,%,$(filter-
 
 VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux bookworm:bare sid sid:systemd sid:selinux sid:bare
 
-.PHONY: help build quick check lint unit deny test daemons e2e e2e-older conformance compat compatibility learned kube kube-test cluster cluster-test vm-test docs docs-tables probes run bench image reproduce dist clean
+.PHONY: help build quick check lint unit deny test daemons e2e e2e-older conformance compat compatibility learned nerdctl-test kube kube-test cluster cluster-test vm-test docs docs-tables probes run bench image reproduce dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -128,6 +129,11 @@ kube: quick
 	  $(CARGO) build --profile quick --locked -p casemate --features kubernetes
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) \
 	  $(TEST) --test kube -- $(T)
+
+# Without the build these trials are skipped.
+nerdctl-test: daemons
+	@scripts/nerdctl.sh
+	$(MAKE) e2e T=nerdctl
 
 # etcd, API server, controllers, scheduler, kubelet and containerd, as a node of their own.
 # CONTAINERD=1.7 has another of the test bed's, KEEP=DIR the logs of all of them.

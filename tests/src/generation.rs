@@ -148,7 +148,8 @@ pub fn system() -> &'static str {
     &VERSION
 }
 
-fn daemons() -> PathBuf {
+/// The directory of `scripts/daemons.sh`.
+pub fn daemons() -> PathBuf {
     std::env::var_os(DAEMONS_VARIABLE).map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/daemons"),
         PathBuf::from,

@@ -43,6 +43,7 @@ mod logfile;
 mod loggers;
 mod lsm;
 mod marked;
+mod nerdctl;
 mod oci;
 mod operator;
 mod pages;
@@ -110,6 +111,7 @@ fn main() -> ExitCode {
         death::trials(),
         descriptors::trials(),
         daemon::trials(),
+        nerdctl::trials(),
         oci::trials(),
         operator::trials(),
         pages::trials(),
