@@ -357,31 +357,42 @@ pub fn counters() -> Result<Option<Vec<Counter>>, GuardError> {
     ask.add(GET_RULE, flag::DUMP, "rules", |a| a.text(1, TABLE));
     let mut found: Vec<Counter> = Vec::new();
     let mut any = false;
-    socket.list(&ask, |answer| {
-        let all: Vec<(u16, &[u8])> = answer.attributes().collect();
-        let of = |kind| all.iter().find(|(k, _)| *k == kind).map(|(_, v)| *v);
-        if of(1).map(wire::text).as_deref() != Some(TABLE) {
-            return;
-        }
-        any = true;
-        let name = of(RULE_USERDATA).and_then(comment_of);
-        let counted = of(RULE_EXPRESSIONS).and_then(counted);
-        let (Some(name), Some((packets, bytes))) = (name, counted) else {
-            return;
-        };
-        // One line for all protocols of an entry.
-        match found.iter_mut().find(|c| c.name == name) {
-            Some(counter) => {
-                counter.packets = counter.packets.saturating_add(packets);
-                counter.bytes = counter.bytes.saturating_add(bytes);
+    socket
+        .list(&ask, |answer| {
+            let all: Vec<(u16, &[u8])> = answer.attributes().collect();
+            let of = |kind| all.iter().find(|(k, _)| *k == kind).map(|(_, v)| *v);
+            if of(1).map(wire::text).as_deref() != Some(TABLE) {
+                return;
             }
-            None => found.push(Counter {
-                name,
-                packets,
-                bytes,
-            }),
-        }
-    })?;
+            any = true;
+            let name = of(RULE_USERDATA).and_then(comment_of);
+            let counted = of(RULE_EXPRESSIONS).and_then(counted);
+            let (Some(name), Some((packets, bytes))) = (name, counted) else {
+                return;
+            };
+            // One line for all protocols of an entry.
+            match found.iter_mut().find(|c| c.name == name) {
+                Some(counter) => {
+                    counter.packets = counter.packets.saturating_add(packets);
+                    counter.bytes = counter.bytes.saturating_add(bytes);
+                }
+                None => found.push(Counter {
+                    name,
+                    packets,
+                    bytes,
+                }),
+            }
+        })
+        .map_err(|error| match error {
+            // nfnetlink with no nf_tables behind it.
+            GuardError::Io(e)
+                if e.raw_os_error()
+                    .is_some_and(|code| [UNSUPPORTED, INVALID].contains(&code)) =>
+            {
+                GuardError::Missing(e)
+            }
+            error => error,
+        })?;
     Ok(any.then_some(found))
 }
 
