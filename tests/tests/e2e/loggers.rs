@@ -216,8 +216,15 @@ fn c091_logging_binary_that_is_never_ready() -> Outcome {
     // Meanwhile the shim serves.
     while begun.elapsed() < Duration::from_secs(3) {
         let asked = Instant::now();
-        expect_code("State", task.rpc()?.state(&task.id), ttrpc::Code::NOT_FOUND)?;
-        ensure!(asked.elapsed() < Duration::from_secs(1), "State was slow");
+        // That of the container itself would wait for what becomes of it.
+        expect_code(
+            "State",
+            task.rpc()?.state("another"),
+            ttrpc::Code::NOT_FOUND,
+        )?;
+        let pids = task.rpc()?.pids(&task.id);
+        expect_code("Pids", pids, ttrpc::Code::NOT_FOUND)?;
+        ensure!(asked.elapsed() < Duration::from_secs(1), "it was slow");
         std::thread::sleep(Duration::from_millis(200));
     }
     let Ok(created) = creating.join() else {
