@@ -108,13 +108,13 @@ pub fn install(rules: &Rules) -> Result<Installed, GuardError> {
 }
 
 const EXISTS: i32 = 17;
-const UNSUPPORTED: i32 = 95;
-const INVALID: i32 = 22;
+/// EOPNOTSUPP and EINVAL: what nfnetlink says where nf_tables isn't behind it.
+const ABSENT: [i32; 2] = [95, 22];
 
 fn refused(what: String, code: i32) -> GuardError {
     let reason = io::Error::from_raw_os_error(code);
     // Without the subsystem the batch itself, or the first message, is refused.
-    if (what == "begin" || what == TABLE) && [UNSUPPORTED, INVALID].contains(&code) {
+    if (what == "begin" || what == TABLE) && ABSENT.contains(&code) {
         return GuardError::Missing(reason);
     }
     GuardError::Refused { what, reason }
@@ -357,42 +357,37 @@ pub fn counters() -> Result<Option<Vec<Counter>>, GuardError> {
     ask.add(GET_RULE, flag::DUMP, "rules", |a| a.text(1, TABLE));
     let mut found: Vec<Counter> = Vec::new();
     let mut any = false;
-    socket
-        .list(&ask, |answer| {
-            let all: Vec<(u16, &[u8])> = answer.attributes().collect();
-            let of = |kind| all.iter().find(|(k, _)| *k == kind).map(|(_, v)| *v);
-            if of(1).map(wire::text).as_deref() != Some(TABLE) {
-                return;
+    let listed = socket.list(&ask, |answer| {
+        let all: Vec<(u16, &[u8])> = answer.attributes().collect();
+        let of = |kind| all.iter().find(|(k, _)| *k == kind).map(|(_, v)| *v);
+        if of(1).map(wire::text).as_deref() != Some(TABLE) {
+            return;
+        }
+        any = true;
+        let name = of(RULE_USERDATA).and_then(comment_of);
+        let counted = of(RULE_EXPRESSIONS).and_then(counted);
+        let (Some(name), Some((packets, bytes))) = (name, counted) else {
+            return;
+        };
+        // One line for all protocols of an entry.
+        match found.iter_mut().find(|c| c.name == name) {
+            Some(counter) => {
+                counter.packets = counter.packets.saturating_add(packets);
+                counter.bytes = counter.bytes.saturating_add(bytes);
             }
-            any = true;
-            let name = of(RULE_USERDATA).and_then(comment_of);
-            let counted = of(RULE_EXPRESSIONS).and_then(counted);
-            let (Some(name), Some((packets, bytes))) = (name, counted) else {
-                return;
-            };
-            // One line for all protocols of an entry.
-            match found.iter_mut().find(|c| c.name == name) {
-                Some(counter) => {
-                    counter.packets = counter.packets.saturating_add(packets);
-                    counter.bytes = counter.bytes.saturating_add(bytes);
-                }
-                None => found.push(Counter {
-                    name,
-                    packets,
-                    bytes,
-                }),
-            }
-        })
-        .map_err(|error| match error {
-            // nfnetlink with no nf_tables behind it.
-            GuardError::Io(e)
-                if e.raw_os_error()
-                    .is_some_and(|code| [UNSUPPORTED, INVALID].contains(&code)) =>
-            {
-                GuardError::Missing(e)
-            }
-            error => error,
-        })?;
+            None => found.push(Counter {
+                name,
+                packets,
+                bytes,
+            }),
+        }
+    });
+    listed.map_err(|error| match error {
+        GuardError::Io(e) if e.raw_os_error().is_some_and(|code| ABSENT.contains(&code)) => {
+            GuardError::Missing(e)
+        }
+        error => error,
+    })?;
     Ok(any.then_some(found))
 }
 

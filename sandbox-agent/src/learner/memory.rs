@@ -106,7 +106,7 @@ impl Reader {
     }
 
     /// Ports of the messages at `address`, of which there are this many, with 0 for
-    /// each that names none: an array's where `several`, else one alone.
+    /// each that names none. Of many the first few are looked at.
     pub fn ports_of_messages(
         &self,
         pid: u32,

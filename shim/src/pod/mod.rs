@@ -208,7 +208,7 @@ impl Pod {
     /// closes a stream as soon as Create has opened it may ask for the container first.
     pub async fn task_made(&self, id: &str) -> Result<Arc<Task>, ShimError> {
         let mut created = self.created.subscribe();
-        while self.book().creating.contains(id) && !self.book().tasks.contains_key(id) {
+        while self.book().creating.contains(id) {
             // Its sender lives in `self`.
             if created.changed().await.is_err() {
                 break;

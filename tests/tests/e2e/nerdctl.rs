@@ -280,17 +280,14 @@ fn life(nerdctl: &Nerdctl) -> Outcome {
         stats.starts_with("web ") && !stats.contains(" 0B /"),
         "stats: {stats}"
     );
-    ensure_eq!(
-        nerdctl.inspect("web", "{{.State.Status}}")?,
-        "running",
-        "status"
-    );
+    let is = |wanted: &str| -> Outcome {
+        let status = nerdctl.inspect("web", "{{.State.Status}}")?;
+        ensure_eq!(status, wanted, "status");
+        Ok(())
+    };
+    is("running")?;
     nerdctl.must(&["pause", "web"])?;
-    ensure_eq!(
-        nerdctl.inspect("web", "{{.State.Status}}")?,
-        "paused",
-        "status"
-    );
+    is("paused")?;
     nerdctl.must(&["unpause", "web"])?;
     nerdctl.must(&["stop", "web"])?;
     ensure_eq!(
@@ -307,11 +304,7 @@ fn life(nerdctl: &Nerdctl) -> Outcome {
     );
     // Once more, with the same address and name.
     nerdctl.must(&["start", "web"])?;
-    ensure_eq!(
-        nerdctl.inspect("web", "{{.State.Status}}")?,
-        "running",
-        "again"
-    );
+    is("running")?;
     let pid = nerdctl.pid("web")?;
     nerdctl.must(&["kill", "web"])?;
     ensure_eq!(nerdctl.must(&["wait", "web"])?, "137", "wait after a kill");
