@@ -27,6 +27,7 @@ use crate::error::one_line;
 use crate::events::{Events, socket_path};
 use crate::host::descriptors;
 use crate::pod::Pod;
+use crate::pod::life::Life;
 use crate::sandbox::{self, Origin};
 use crate::service;
 
@@ -40,6 +41,10 @@ const WANTED_WITHIN: Duration = Duration::from_secs(30);
 /// For the reply to Shutdown to leave: the one thread runs all that is ready,
 /// the connection's writer among it, before it looks at timers.
 const LAST_REPLY: Duration = Duration::from_millis(1);
+/// For containerd to look at the answer to ShutdownSandbox: if the connection has ended
+/// by then, its client (ttrpc's `dispatch`) takes either for what came, at random, and
+/// the pod's removal fails. Of Shutdown it takes both.
+const LAST_ANSWER: Duration = Duration::from_millis(50);
 
 /// Serves until the last container is gone and Shutdown was asked for.
 pub fn run(flags: &Flags) -> Result<(), String> {
@@ -222,6 +227,9 @@ async fn serve(prepared: Prepared) -> Result<(), String> {
     tokio::time::sleep(LAST_REPLY).await;
     pod.stop_sandbox().await;
     events.drain(DRAIN).await;
+    if pod.life() != Life::Awaited {
+        tokio::time::sleep(LAST_ANSWER).await;
+    }
     log::debug!("pod {}: done", prepared.pod_id);
     Ok(())
 }

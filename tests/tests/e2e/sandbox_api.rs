@@ -7,7 +7,7 @@ use casemate_tests::bundle::Task;
 use casemate_tests::sandbox_api::{self as api, Pod, field, number, with_namespaces};
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, fail};
-use casemate_tests::{ensure, ensure_eq, procs};
+use casemate_tests::{Failure, ensure, ensure_eq, procs};
 use containerd_shim_protos::api::Empty;
 use containerd_shim_protos::sandbox_api::{
     PingRequest, PlatformRequest, PlatformResponse, SandboxMetricsRequest, SandboxMetricsResponse,
@@ -24,6 +24,7 @@ crate::trials![
     c140_status_and_metrics,
     c140_made_as_the_configuration_says,
     c140_loss_of_the_agent,
+    c140_connection_outlives_the_answer,
     c140_wrong_requests,
     c140_a_refused_pod_may_be_made_again,
     c140_delete_with_the_shim_dead,
@@ -67,6 +68,29 @@ fn c140_off_by_default() -> Outcome {
             output.err()
         );
     }
+    Ok(())
+}
+
+/// containerd's client may find the end of a connection before an answer that came first:
+/// a shim that has answered ShutdownSandbox stays for a moment.
+fn c140_connection_outlives_the_answer() -> Outcome {
+    casemate_only()?;
+    let mut open = 0;
+    for _ in 0..5 {
+        let (pod, _) = Pod::ready("c140last", Vec::new())?;
+        pod.shutdown()?;
+        std::thread::sleep(Duration::from_millis(10));
+        let answered = match ping(&pod) {
+            Ok(_) => true,
+            // Whatever the shim says, if it is the shim.
+            Err(Failure::Rpc { source, .. }) => matches!(source, ttrpc::Error::RpcStatus(_)),
+            Err(error) => return Err(error.into()),
+        };
+        open += u32::from(answered);
+        pod.task.wait_gone(Duration::from_secs(5))?;
+    }
+    // On a busy machine not each time.
+    ensure!(open > 0, "the connection ended with the answer, each time");
     Ok(())
 }
 
