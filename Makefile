@@ -18,9 +18,9 @@
 #   make docs-tables     the pages of docs/ that are made of tables in the code
 #   make probes          docs/security-probes.md: what attackers try, here and under runc
 #   make bench           times and memory beside runc, crun, runsc
-#   make image           the installer's image as an OCI layout in dist/image
+#   make image           the installer's image, one static program, as an OCI layout in dist/image
 #   make reproduce       that image, built in two places: the same digest?
-#   make dist            release binaries, checksums and component list in dist/
+#   make dist            a release in dist/: casemate, which carries the others, checksums, component list
 
 ARCH    := $(shell uname -m)
 TARGET  := $(or $(CARGO_TARGET_DIR),target)/$(ARCH)-unknown-linux-gnu
@@ -178,7 +178,8 @@ reproduce:
 
 dist: build
 	rm -rf dist && mkdir -p dist
-	cp $(addprefix $(TARGET)/release/,$(BINARIES)) dist/
+	cp $(addprefix $(TARGET)/release/,$(filter-out casemate,$(BINARIES))) dist/
+	$(TARGET)/release/casemate carry --output dist/casemate
 	cp LICENSE dist/ 2>/dev/null || true
 	$(TARGET)/release/testbed sbom --output dist/casemate.cdx.json
 	cd dist && sha256sum * > SHA256SUMS

@@ -4,6 +4,7 @@
 
 mod bench;
 mod bundle;
+mod carried;
 mod clock;
 mod collect;
 mod doctor;
@@ -22,6 +23,7 @@ mod posture;
 mod profile;
 mod progress;
 mod ps;
+mod release;
 mod report;
 mod rootfs;
 mod run;
@@ -80,6 +82,9 @@ enum Command {
         #[arg(long)]
         wait: bool,
     },
+    /// Write a casemate that carries the programs beside this one, for a release
+    #[command(hide = true)]
+    Carry(release::Carry),
     /// Print what a pod's network guard has let through and refused
     #[command(after_help = network::EXAMPLES)]
     Network(network::Network),
@@ -174,6 +179,7 @@ fn main() {
         Command::Install(options) => (install::install(&options), 1),
         Command::Uninstall(options) => (install::uninstall(&options), 1),
         Command::InsideProof { wait } => (Ok(install::inside(wait)), OWN_FAILURE),
+        Command::Carry(options) => (release::carry(&options), OWN_FAILURE),
         Command::Doctor(options) => (doctor::run(&options), OWN_FAILURE),
     };
     // Not by returning: a thread may still be reading our standard input.

@@ -25,13 +25,12 @@ use ttrpc::context::{Context, with_duration};
 
 use crate::bundle::Bundle;
 use crate::error::{RunError, Step, one_line, rpc};
+use crate::release::{self, Runnable, SHIM};
 
 /// Where shims listen. Not below TMPDIR: the path of a socket has at most 107
 /// bytes (unix(7)), and 64 of them are the name.
 const SOCKETS: &str = "/run/casemate/s";
 
-/// Name of the program; containerd makes it from `io.containerd.casemate.v2`.
-const PROGRAM: &str = "containerd-shim-casemate-v2";
 /// containerd namespace of everything that is run by hand.
 const NAMESPACE: &str = "casemate";
 /// For any request that doesn't wait for the workload.
@@ -41,7 +40,7 @@ const GONE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A shim for one container.
 pub struct Shim {
-    program: PathBuf,
+    program: Runnable,
     bundle: PathBuf,
     id: String,
     task: TaskClient,
@@ -58,30 +57,12 @@ impl Events for Nowhere {
     }
 }
 
-/// The shim beside this program, else in `$PATH`.
-fn find() -> Result<PathBuf, RunError> {
-    let own = std::env::current_exe().step("find", "this program")?;
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let beside = own.parent().map(Path::to_path_buf);
-    beside
-        .into_iter()
-        .chain(std::env::split_paths(&path))
-        .map(|dir| dir.join(PROGRAM))
-        .find(|candidate| candidate.is_file())
-        .ok_or_else(|| {
-            RunError::Refused(format!(
-                "find {PROGRAM}: neither beside {} nor in $PATH; install it there",
-                own.display()
-            ))
-        })
-}
-
 impl Shim {
     /// Starts the shim for the bundle and connects to it.
     pub async fn start(bundle: &Bundle) -> Result<Shim, RunError> {
-        let program = find()?;
+        let program = release::runnable()?;
         let events = listen(&bundle.events())?;
-        let started = match start(&program, bundle) {
+        let started = match start(&program.shim, bundle) {
             Ok(address) => connect(&address, &bundle.id).await,
             Err(error) => Err(error),
         };
@@ -95,7 +76,7 @@ impl Shim {
                 _events: events,
             }),
             Err(error) => {
-                delete(&program, bundle.path(), &bundle.id);
+                delete(&program.shim, bundle.path(), &bundle.id);
                 Err(error)
             }
         }
@@ -224,7 +205,7 @@ impl Shim {
                 let _gone = rustix::process::pidfd_send_signal(shim, Signal::KILL);
                 has_ended(shim, GONE_WITHIN);
             }
-            delete(&self.program, &self.bundle, &self.id);
+            delete(&self.program.shim, &self.bundle, &self.id);
         }
     }
 }
@@ -312,7 +293,7 @@ fn start(program: &Path, bundle: &Bundle) -> Result<String, RunError> {
         let said = one_line(&String::from_utf8_lossy(&output.stderr));
         return Err(RunError::Shim {
             step: "start the shim",
-            reason: said.trim_start_matches(&format!("{PROGRAM}: ")).to_owned(),
+            reason: said.trim_start_matches(&format!("{SHIM}: ")).to_owned(),
         });
     }
     BootstrapResult::parse_from_bytes(&answer)

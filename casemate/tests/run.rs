@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             "a_root_of_ones_own_is_read_only_unless_asked",
             a_root_of_ones_own,
         ),
+        trial("one_program_alone_runs", one_program_alone_runs),
         trial("what_is_missing_is_named", what_is_missing_is_named),
         trial("ctrl_c_ends_it_and_nothing_is_left", ctrl_c_ends_it),
         trial("a_handler_gets_the_signal", a_handler_gets_the_signal),
@@ -298,6 +299,32 @@ fn a_root_of_ones_own() -> Outcome {
     );
     ensure_eq!(content?, "x\n", "content");
     ensure_eq!(owner?, 0, "owner on disk");
+    Ok(())
+}
+
+/// A release's one file, with nothing of casemate's beside it or in PATH.
+fn one_program_alone_runs() -> Outcome {
+    let mut bench = Bench::new("alone")?;
+    let place = tempfile::tempdir()?;
+    let alone = place.path().join("casemate");
+    let carried = Command::new(&bench.program)
+        .arg("carry")
+        .arg("--output")
+        .arg(&alone)
+        .status()?;
+    ensure!(carried.success(), "carry: {carried}");
+    bench.program = alone;
+    let unpacked = || -> Vec<String> {
+        let entries = fs::read_dir("/var/lib").into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| name.starts_with("casemate-")).collect()
+    };
+    let output = bench.run(&["--", "sh", "-c", "id -u; exit 7"])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure_eq!(output.status.code(), Some(7), "exit status: {said}");
+    ensure_eq!(output.stdout, b"0\n", "output: {said}");
+    ensure_eq!(unpacked(), Vec::<String>::new(), "left in /var/lib");
+    ensure_eq!(bench.left(), Vec::<String>::new(), "left");
     Ok(())
 }
 

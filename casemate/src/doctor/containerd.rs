@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use super::check::{Verdict, bad};
 use super::node::Node;
-use crate::install::{Effective, Facts, SHIM, bounded};
+use crate::install::{Effective, Facts, bounded};
+use crate::release::{self, SHIM};
 use Verdict::{Good, Skipped};
 
 /// For a program that prints its version.
@@ -152,7 +153,10 @@ fn version(program: &Path, flag: &str) -> Result<String, String> {
 
 /// Both, with their versions.
 pub fn versions(node: &Node) -> Result<[(PathBuf, String); 2], String> {
-    let shim = shim(node).ok_or_else(|| format!("no {SHIM} where containerd looks"))?;
+    let shim = shim(node).ok_or_else(|| match release::carries() {
+        true => format!("no {SHIM} where containerd looks; this casemate carries it"),
+        false => format!("no {SHIM} where containerd looks"),
+    })?;
     // The agent is looked for beside the program itself, whatever led there.
     let real = std::fs::canonicalize(&shim).map_err(|e| format!("{}: {e}", shim.display()))?;
     let agent = node.config.sandbox.agent_path(&real);

@@ -12,11 +12,8 @@ use super::files;
 use super::journal::Journal;
 use super::layout::Layout;
 use crate::error::{RunError, Step};
+use crate::release::{Release, SHIM};
 
-/// What containerd starts.
-pub const SHIM: &str = "containerd-shim-casemate-v2";
-/// What is installed.
-const PROGRAMS: [&str; 3] = [SHIM, "casemate-agent", "casemate"];
 /// Begins the name of a directory that isn't whole yet.
 const UNFINISHED: &str = ".new-";
 /// Directories of the root file system that the proof runs in.
@@ -25,45 +22,22 @@ const ROOT: [&str; 7] = ["bin", "dev", "etc", "proc", "run", "sys", "tmp"];
 const PROOF: &str = "proof";
 
 /// The programs of one build, read before anything is done.
-pub struct Payload {
-    programs: Vec<(&'static str, Vec<u8>)>,
-    /// Name of their directory.
-    pub name: String,
-}
+pub struct Payload(Release);
 
 impl Payload {
-    /// Those in `from`, or beside this program.
+    /// Those in `from`, those that this program carries, or those beside it.
     pub fn find(from: Option<&Path>) -> Result<Self, RunError> {
-        let own = std::env::current_exe().step("find", "this program")?;
-        let from = match from {
-            Some(dir) => dir,
-            None => own.parent().unwrap_or(Path::new("/")),
-        };
-        let mut programs = Vec::new();
-        let mut digests = String::new();
-        for program in PROGRAMS {
-            let path = from.join(program);
-            let bytes = fs::read(&path).map_err(|error| {
-                RunError::Refused(format!(
-                    "check {}: {error}: install needs {} in one directory; name it with --from",
-                    path.display(),
-                    PROGRAMS.join(", ")
-                ))
-            })?;
-            digests.push_str(&files::digest(&bytes));
-            programs.push((program, bytes));
-        }
-        let digest = files::digest(digests.as_bytes());
-        let short = digest.get(..12).unwrap_or(&digest);
-        Ok(Self {
-            programs,
-            name: format!("{}-{short}", env!("CARGO_PKG_VERSION")),
-        })
+        Release::find(from).map(Self)
+    }
+
+    /// Name of their directory.
+    pub fn name(&self) -> &str {
+        &self.0.name
     }
 
     /// Its directory on the node.
     pub fn directory(&self, layout: &Layout) -> PathBuf {
-        layout.prefix.join(&self.name)
+        layout.prefix.join(self.name())
     }
 
     /// What is to be done; nothing if it is all there.
@@ -73,8 +47,8 @@ impl Payload {
         if !dir.is_dir() {
             plan.push(format!("copy the programs to {}", dir.display()));
         }
-        if files::target(&layout.current())?.as_deref() != Some(Path::new(&self.name)) {
-            plan.push(format!("{} -> {}", layout.current().display(), self.name));
+        if files::target(&layout.current())?.as_deref() != Some(Path::new(self.name())) {
+            plan.push(format!("{} -> {}", layout.current().display(), self.name()));
         }
         for (path, target) in links(layout) {
             if files::target(&path)?.as_ref() != Some(&target) {
@@ -102,8 +76,8 @@ impl Payload {
             self.copy(&dir, layout).map_err(elsewhere)?;
         }
         self.runs(&dir)?;
-        if files::target(&layout.current())?.as_deref() != Some(Path::new(&self.name)) {
-            journal.link(&layout.current(), Path::new(&self.name))?;
+        if files::target(&layout.current())?.as_deref() != Some(Path::new(self.name())) {
+            journal.link(&layout.current(), Path::new(self.name()))?;
         }
         let mut made = Vec::new();
         for (path, target) in links(layout) {
@@ -147,7 +121,7 @@ impl Payload {
     fn copy_to(&self, new: &Path) -> Result<(), RunError> {
         let bin = new.join("bin");
         fs::create_dir_all(&bin).step("make", bin.display())?;
-        for (program, bytes) in &self.programs {
+        for (program, bytes) in &self.0.programs {
             files::program(&bin.join(program), bytes)?;
         }
         for class in [Class::Strict, Class::Compat] {

@@ -32,7 +32,6 @@ use clap::Args;
 
 use cluster::Cluster;
 
-pub use binaries::SHIM;
 pub use containerd::bounded;
 pub use effective::Effective;
 pub use facts::{Facts, Places, facts};
@@ -140,7 +139,8 @@ pub struct Install {
     /// Say what would be done, and do nothing
     #[arg(long)]
     dry_run: bool,
-    /// Directory of the programs to install [default: that of this one]
+    /// Directory of the programs to install [default: those that this one carries, or
+    /// else its own directory]
     #[arg(long, value_name = "DIR")]
     from: Option<PathBuf>,
     /// The programs alone: containerd's configuration stays as it is

@@ -66,11 +66,11 @@ pub fn install(options: &Install) -> Result<i32, RunError> {
         Ok(proven) => proven,
         Err(error) => return Err(run.back(journal, error)),
     };
-    clean(&layout, &payload.name);
+    clean(&layout, payload.name());
     if let Some(labelling) = labelling {
         if proven {
             let limit = Duration::from_secs(options.restarting.timeout);
-            labelling.ready(options.compat, &payload.name, limit)?;
+            labelling.ready(options.compat, payload.name(), limit)?;
         } else {
             say(
                 "label",
@@ -97,7 +97,7 @@ impl Installation<'_> {
         say("check", checked(self.layout, &seen));
 
         let mut record = Record {
-            version: self.payload.name.clone(),
+            version: self.payload.name().to_owned(),
             ..record
         };
         let planned = self.payload.plan(self.layout)?;

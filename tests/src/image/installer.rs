@@ -1,15 +1,17 @@
-//! The image of `runtimeclass/installer`: our programs, static, and nothing else.
+//! The image of `runtimeclass/installer`: one static program, and nothing else.
 //!
-//! Three of them, beside each other: `casemate` is what runs, and the other two are what
-//! it copies to the node. They stay programs of their own, as what decides, what acts and
-//! what an operator types have each other's rights nowhere else either.
+//! That is `casemate`, which carries the other two, as what decides, what acts and what an
+//! operator types stay programs of their own on the node.
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use super::layer::mode;
 use super::{Image, Layer};
 use crate::error::{Failure, Result, file};
+use crate::run::run;
 
 /// Its name where `runtimeclass/` and its chart are as they come.
 #[must_use]
@@ -17,7 +19,7 @@ pub fn name() -> String {
     format!("casemate.invalid/casemate:{}", env!("CARGO_PKG_VERSION"))
 }
 
-/// What is in it, below `/bin`.
+/// What it is made of.
 pub const PROGRAMS: [&str; 3] = ["casemate", "casemate-agent", "containerd-shim-casemate-v2"];
 
 /// The image of the programs in this directory, with this time (seconds since the epoch)
@@ -26,8 +28,6 @@ pub const PROGRAMS: [&str; 3] = ["casemate", "casemate-agent", "containerd-shim-
 /// # Errors
 /// A program can't be read, or needs libraries, which the image doesn't have.
 pub fn image(programs: &Path, time: u64) -> Result<Image> {
-    let mut layer = Layer::default().at(time);
-    layer.dir("bin", mode(0o755))?;
     for program in PROGRAMS {
         let path = programs.join(program);
         let bytes = fs::read(&path).map_err(file("read", &path))?;
@@ -37,14 +37,29 @@ pub fn image(programs: &Path, time: u64) -> Result<Image> {
                 path.display()
             )));
         }
-        layer.file(&format!("bin/{program}"), mode(0o755), &bytes)?;
     }
+    let mut layer = Layer::default().at(time);
+    layer.dir("bin", mode(0o755))?;
+    layer.file("bin/casemate", mode(0o755), &whole(programs)?)?;
     Ok(Image {
         name: name(),
         layers: vec![layer.finish()?],
         entrypoint: vec!["/bin/casemate".to_owned()],
         cmd: vec!["--help".to_owned()],
     })
+}
+
+/// The `casemate` of this directory, carrying the programs beside it.
+///
+/// # Errors
+/// It can't be run, or one is missing.
+pub fn whole(programs: &Path) -> Result<Vec<u8>> {
+    let dir = tempfile::tempdir().map_err(file("make a directory in", Path::new("/tmp")))?;
+    let made = dir.path().join("casemate");
+    let mut carry = Command::new(programs.join("casemate"));
+    carry.arg("carry").arg("--output").arg(&made);
+    run(&mut carry, &[], Duration::from_secs(60))?.ok()?;
+    fs::read(&made).map_err(file("read", &made))
 }
 
 /// The dynamic loader that an ELF program of 64 bits asks for (elf(5), `PT_INTERP`).

@@ -20,6 +20,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 trials! {
     install_image_is_the_same_twice,
     install_image_installs,
+    install_one_program_alone,
+    install_one_program_that_is_damaged,
 }
 
 /// `testbed image`, as `make image` runs it.
@@ -56,6 +58,13 @@ fn files(dir: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>, Stop> {
     Ok(found)
 }
 
+/// What is in a layer.
+fn listed(layer: &[u8]) -> Result<Vec<String>, Stop> {
+    let mut tar = Command::new("tar");
+    let said = run(tar.args(["-tzf", "-"]), layer, LIMIT)?.ok()?.out();
+    Ok(said.lines().map(str::to_owned).collect())
+}
+
 fn install_image_is_the_same_twice() -> Outcome {
     let world = World::get()?;
     let dir = world.dir().join(world.id("image"));
@@ -76,6 +85,9 @@ fn install_image_is_the_same_twice() -> Outcome {
     let second = make(&copies, &at("second"), None)?;
     ensure_eq!(second, first, "digests of two builds");
     let (one, two) = (files(&at("first"))?, files(&at("second"))?);
+    let layer = one.values().max_by_key(|bytes| bytes.len());
+    let listed = listed(layer.map_or(&[][..], Vec::as_slice))?;
+    ensure_eq!(listed, ["bin", "bin/casemate"], "files of the image");
     ensure!(
         one == two,
         "the layouts differ: {:?} {:?}",
@@ -163,4 +175,77 @@ fn install_image_installs() -> Outcome {
     );
     casemate("uninstall", &["--no-restart"])?;
     same("after uninstall", &before, &node.tree())
+}
+
+/// The node's command, by a casemate that carries the others and has nothing beside it.
+fn alone(node: &Node, program: &[u8], verb: &str, more: &[&str]) -> Result<Command, Stop> {
+    let dir = node.dir.join("alone");
+    fs::create_dir_all(&dir)?;
+    let path = dir.join("casemate");
+    fs::write(&path, program)?;
+    world::set_mode(&path, 0o755)?;
+    let mut command = Command::new(path);
+    command.args(node.command(verb, more).get_args());
+    Ok(command)
+}
+
+/// One file is a release: from it comes what comes from the three.
+fn install_one_program_alone() -> Outcome {
+    let node = Node::running(Generation::V2_1)?;
+    let before = node.tree();
+    let whole = installer::whole(&world::binaries())?;
+    let mut install = alone(&node, &whole, "install", &[])?;
+    let said = run(&mut install, &[], LIMIT)?.ok()?.out();
+    ensure!(
+        said.contains("proof: a container of class strict ran in its sandbox"),
+        "install: {said}"
+    );
+    let installed = node.tree();
+    for program in installer::PROGRAMS {
+        let there = fs::read(node.dir.join("opt/casemate/current/bin").join(program))?;
+        let built = fs::read(world::binaries().join(program))?;
+        ensure!(there == built, "{program} isn't what was built");
+    }
+    // From three files: nothing to do. From what it has put there: neither.
+    let again = node.must("install", &[])?;
+    ensure!(
+        again.contains(": unchanged") && again.contains("restart: not needed"),
+        "install of the three: {again}"
+    );
+    let mut own = Command::new(node.dir.join("usr/local/bin/casemate"));
+    own.args(node.command("install", &[]).get_args());
+    let again = run(&mut own, &[], LIMIT)?.ok()?.out();
+    ensure!(again.contains("restart: not needed"), "by itself: {again}");
+    same("after all", &installed, &node.tree())?;
+    let mut uninstall = alone(&node, &whole, "uninstall", &[])?;
+    run(&mut uninstall, &[], LIMIT)?.ok()?;
+    same("after uninstall", &before, &node.tree())
+}
+
+/// As by a download that was cut short, or changed on its way.
+fn install_one_program_that_is_damaged() -> Outcome {
+    let node = Node::new(Generation::V2_1)?;
+    let before = node.tree();
+    let whole = installer::whole(&world::binaries())?;
+    let own = fs::read(world::binaries().join("casemate"))?;
+    let mut changed = whole.clone();
+    // In the shim that it carries.
+    let byte = own.len() + 100_000;
+    changed[byte] ^= 1;
+    let cut = whole[..byte].to_vec();
+    for (program, parts) in [
+        (&changed, ["damaged", "get the release's file again"]),
+        (&cut, ["casemate that carries the others", "--from"]),
+    ] {
+        let mut install = alone(&node, program, "install", &["--no-restart", "--no-proof"])?;
+        let ran = run(&mut install, &[], LIMIT)?;
+        let said = ran.err();
+        ensure_eq!(ran.code(), 1, "status: {said}");
+        ensure_eq!(said.lines().count(), 1, "lines: {said}");
+        for part in parts {
+            ensure!(said.contains(part), "no {part:?} in {said}");
+        }
+        same("after a damaged program", &before, &node.tree())?;
+    }
+    Ok(())
 }
