@@ -198,8 +198,15 @@ fn without_terminals(dir: &Path, shim: &Path) -> Result<()> {
     set_mode(&program, 0o755)
 }
 
+/// Where CNI's plugins are.
+#[must_use]
+pub fn plugins() -> PathBuf {
+    daemons().join("cni/bin")
+}
+
 /// One bridge, addresses from `subnet`, no masquerading, so no iptables.
-fn network(dir: &Path, subnet: &str) -> String {
+#[must_use]
+pub fn network(dir: &Path, subnet: &str) -> String {
     serde_json::json!({
         "cniVersion": "1.0.0",
         "name": "casemate",
@@ -237,7 +244,7 @@ state = "{dir}/state"
 const SNAPSHOTTERS: &str = r#"disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.blockfile", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]"#;
 
 fn version_2(dir: &Path, shim: &Path) -> String {
-    let (common, shown, cni) = (common(dir), dir.display(), daemons().join("cni/bin"));
+    let (common, shown, cni) = (common(dir), dir.display(), plugins());
     let shim = shim.display();
     let cni = cni.display();
     format!(
@@ -276,7 +283,7 @@ fn version_2(dir: &Path, shim: &Path) -> String {
 }
 
 fn version_3(dir: &Path, shim: &Path) -> String {
-    let (common, shown, cni) = (common(dir), dir.display(), daemons().join("cni/bin"));
+    let (common, shown, cni) = (common(dir), dir.display(), plugins());
     let shim = shim.display();
     let cni = cni.display();
     format!(

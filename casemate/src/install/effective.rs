@@ -71,6 +71,23 @@ impl Effective {
         self.doc.get("root")?.as_str()
     }
 
+    /// The image that pods begin with.
+    pub fn pause(&self) -> Option<&str> {
+        let plugins = self.doc.get("plugins")?;
+        let newer = plugins
+            .get("io.containerd.cri.v1.images")
+            .and_then(|images| images.get("pinned_images")?.get("sandbox"));
+        let older = || {
+            plugins
+                .get("io.containerd.grpc.v1.cri")?
+                .get("sandbox_image")
+        };
+        newer
+            .or_else(older)?
+            .as_str()
+            .filter(|name| !name.is_empty())
+    }
+
     /// Whether the handler has an `options` table with something in it.
     pub fn has_options(&self, name: &str) -> bool {
         self.runtimes()
@@ -223,6 +240,14 @@ disabled_plugins = []
         assert_eq!(lost[0].0, "runc");
         let option = &lost[0].1["options"]["SystemdCgroup"];
         assert_eq!(option.as_bool(), Some(true));
+    }
+
+    #[test]
+    fn the_image_of_pods_is_found() {
+        assert_eq!(parse(BEFORE).pause(), Some("a"));
+        let newer = "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = \"b\"\n";
+        assert_eq!(parse(newer).pause(), Some("b"));
+        assert_eq!(parse("version = 3\n").pause(), None);
     }
 
     #[test]

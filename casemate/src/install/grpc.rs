@@ -1,7 +1,6 @@
 //! containerd's gRPC socket: the few calls and fields that are needed, numbered
-//! as in its `.proto` files (api/services/*, and CRI's api.proto).
+//! as in its `.proto` files (api/services/*).
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -41,18 +40,6 @@ pub struct Any {
 pub struct VersionResponse {
     #[prost(string, tag = "1")]
     pub version: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct StatusRequest {
-    #[prost(bool, tag = "1")]
-    pub verbose: bool,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct StatusResponse {
-    #[prost(map = "string, string", tag = "2")]
-    pub info: HashMap<String, String>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -152,7 +139,8 @@ pub struct WaitResponse {
     pub exit_status: u32,
 }
 
-/// Deletion of a container or of a namespace, by id or name.
+/// Whatever has a name or id as its first field, and no other that matters: what is to be
+/// deleted, and CRI's answers and requests about one pod or container.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Named {
     #[prost(string, tag = "1")]

@@ -10,12 +10,14 @@ use tonic::{Code, Status};
 
 use super::binaries;
 use super::config;
+use super::cri::{StatusRequest, StatusResponse};
 use super::effective::{Handler, Handlers};
 use super::grpc::{
     Any, Client, Container, Containers, CreateContainer, CreateTask, Empty, KillTask, Mount, Named,
-    OfTask, Runtime, StatusRequest, StatusResponse, VersionResponse, WaitResponse,
+    OfTask, Runtime, VersionResponse, WaitResponse,
 };
 use super::layout::Layout;
+use super::pod;
 use crate::Run;
 use crate::bundle;
 use crate::error::{RunError, one_line};
@@ -262,10 +264,11 @@ pub fn tidy(layout: &Layout) {
         for container in &left.containers {
             clean(&mut client, &container.id);
         }
+        let no_pods = pod::tidy(&mut client);
         let runs = binaries::sandboxes(&layout.prefix)
             .iter()
             .any(is_of_a_proof);
-        if (left.containers.is_empty() && !runs) || Instant::now() > until {
+        if (left.containers.is_empty() && no_pods && !runs) || Instant::now() > until {
             return;
         }
         std::thread::sleep(POLL);

@@ -15,6 +15,7 @@ use super::journal::{self, Changed, Journal, Record};
 use super::kubernetes::Kubernetes;
 use super::layout::{ConfigFile, Layout};
 use super::look::{self, Seen, accept, classes, look, paths};
+use super::pod::{self, Told};
 use super::proof::{self, Loaded};
 use crate::error::RunError;
 
@@ -136,10 +137,13 @@ impl Installation<'_> {
             self.configure(journal, &seen, &mut record)?;
             self.restart(&seen)?;
         }
-        let proven = self.prove(by_path).map_err(|error| match &self.labelling {
-            Some(labelling) => labelling.unproven(error),
-            None => error,
-        })?;
+        let image = seen.before.as_ref().and_then(Effective::pause);
+        let proven = self
+            .prove(by_path, image)
+            .map_err(|error| match &self.labelling {
+                Some(labelling) => labelling.unproven(error),
+                None => error,
+            })?;
         record.directories.extend(journal.made().iter().cloned());
         journal.commit(&record)?;
         Ok(proven)
@@ -254,7 +258,7 @@ impl Installation<'_> {
         }
     }
 
-    fn prove(&self, by_path: bool) -> Result<bool, RunError> {
+    fn prove(&self, by_path: bool, image: Option<&str>) -> Result<bool, RunError> {
         if self.options.no_proof {
             say("proof", "left out, as asked");
             return Ok(false);
@@ -280,7 +284,28 @@ impl Installation<'_> {
                 say("proof", format!("can't be seen on this node: {what}"));
             }
         }
+        if !self.options.binaries_only {
+            self.prove_by_pods(image)?;
+        }
         Ok(true)
+    }
+
+    /// As Kubernetes would have them.
+    fn prove_by_pods(&self, image: Option<&str>) -> Result<(), RunError> {
+        for class in classes(self.options) {
+            let handler = self.layout.handler(class);
+            match pod::pod(self.layout, class, image).map_err(told_of_selinux)? {
+                Told::Ran => say(
+                    "proof",
+                    format!("a pod of handler {handler} ran by CRI, and is held as promised"),
+                ),
+                Told::NotTried(why) => {
+                    say("proof", format!("no pod by CRI yet: {why}"));
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Puts the node back; the error to tell.
@@ -414,7 +439,10 @@ fn dry_run(options: &Install, layout: &Layout, payload: &Payload) -> Result<(), 
         }
     }
     if !options.no_proof {
-        say("proof", "would run a container of each class");
+        say(
+            "proof",
+            "would run a container of each class, and a pod of each handler by CRI",
+        );
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use casemate_tests::operator;
@@ -30,35 +30,43 @@ pub struct Ran {
 
 type Runtime = RuntimeServiceClient<Channel>;
 
+/// One call on a connection of its own: a daemon's restart cuts none off.
+pub fn connected<T>(
+    socket: &Path,
+    name: &str,
+    call: impl AsyncFnOnce(Channel) -> Result<Response<T>, Status>,
+) -> casemate_tests::Result<T> {
+    let wrong = |why: String| Failure::Unexpected(format!("{name}: {why}"));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| wrong(e.to_string()))?;
+    let socket = format!("unix://{}", socket.display());
+    runtime.block_on(async {
+        let work = async {
+            let channel = Endpoint::from_shared(socket)
+                .map_err(|e| wrong(e.to_string()))?
+                .connect()
+                .await
+                .map_err(|e| wrong(format!("{e:?}")))?;
+            call(channel)
+                .await
+                .map(Response::into_inner)
+                .map_err(|s| wrong(format!("{:?}: {}", s.code(), s.message())))
+        };
+        tokio::time::timeout(LIMIT, work)
+            .await
+            .map_err(|_| wrong(format!("no answer in {} s", LIMIT.as_secs())))?
+    })
+}
+
 impl Cri {
-    /// One call on a connection of its own: a daemon's restart cuts none off.
     fn connected<T>(
         &self,
         name: &str,
         call: impl AsyncFnOnce(Channel) -> Result<Response<T>, Status>,
     ) -> casemate_tests::Result<T> {
-        let wrong = |why: String| Failure::Unexpected(format!("{name}: {why}"));
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|e| wrong(e.to_string()))?;
-        let socket = format!("unix://{}", self.node.daemon.address().display());
-        runtime.block_on(async {
-            let work = async {
-                let channel = Endpoint::from_shared(socket)
-                    .map_err(|e| wrong(e.to_string()))?
-                    .connect()
-                    .await
-                    .map_err(|e| wrong(format!("{e:?}")))?;
-                call(channel)
-                    .await
-                    .map(Response::into_inner)
-                    .map_err(|s| wrong(format!("{:?}: {}", s.code(), s.message())))
-            };
-            tokio::time::timeout(LIMIT, work)
-                .await
-                .map_err(|_| wrong(format!("no answer in {} s", LIMIT.as_secs())))?
-        })
+        connected(&self.node.daemon.address(), name, call)
     }
 
     /// A call of the runtime service.

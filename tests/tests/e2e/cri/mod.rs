@@ -6,7 +6,7 @@
 //! and takes them away again.
 
 mod classes;
-mod client;
+pub mod client;
 mod config;
 mod guard;
 mod learn;

@@ -6,6 +6,7 @@ mod hard;
 mod image;
 mod life;
 mod node;
+mod pods;
 mod service;
 mod stepper;
 mod templates;
@@ -19,6 +20,7 @@ pub fn trials() -> Vec<Trial> {
     all.extend(hard::trials());
     all.extend(image::trials());
     all.extend(life::trials());
+    all.extend(pods::trials());
     all.extend(service::trials());
     all.extend(templates::trials());
     for generation in Generation::ALL {

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use casemate_tests::ctr::Ctr;
-use casemate_tests::generation::{self, Generation};
+use casemate_tests::generation::{self, Generation, Netns, PAUSE};
 use casemate_tests::run::{Output, run, until};
 use casemate_tests::skip::{Outcome, Stop, skip};
 use casemate_tests::{World, procs, world};
@@ -24,6 +24,8 @@ pub struct Node {
     pub generation: Generation,
     /// Its containerd is where a distribution has it, so it needn't be named.
     pub is_found: bool,
+    /// What its pods' network is in, if they have one.
+    network: Option<Netns>,
     bin: PathBuf,
 }
 
@@ -53,6 +55,7 @@ impl Node {
             dir,
             generation,
             is_found: false,
+            network: None,
             bin,
         };
         fs::write(node.config(), node.plain())?;
@@ -65,6 +68,45 @@ impl Node {
         let node = Self::new(generation)?;
         node.up()?;
         Ok(node)
+    }
+
+    /// One that has run pods: with a network for them, and what containerd has them begin
+    /// with in its configuration.
+    #[allow(dead_code, reason = "the trials against an API server need none")]
+    pub fn with_pods(generation: Generation) -> Result<Self, Stop> {
+        let mut node = Self::new(generation)?;
+        let name = World::get()?.id("in");
+        node.network = Some(Netns::make(&name)?);
+        let (plugin, image, bin) = match generation {
+            Generation::V1_6 | Generation::V1_7 => (
+                "\"io.containerd.grpc.v1.cri\"]",
+                format!("sandbox_image = \"{PAUSE}\"\n"),
+                format!("bin_dir = {:?}", generation::plugins()),
+            ),
+            Generation::V2_1 | Generation::V2_3 => (
+                "\"io.containerd.cri.v1.images\".pinned_images]",
+                format!("sandbox = \"{PAUSE}\"\n"),
+                format!("bin_dirs = [{:?}]", generation::plugins()),
+            ),
+        };
+        let header = format!("[plugins.{plugin}\n");
+        let mut text = node.plain();
+        match text.find(&header) {
+            Some(at) => text.insert_str(at + header.len(), &image),
+            None => text += &format!("{header}{image}"),
+        }
+        let text = text.replace("    conf_dir =", &format!("    {bin}\n    conf_dir ="));
+        fs::write(node.config(), text)?;
+        let list = node.dir.join("cni/10-bridge.conflist");
+        fs::write(list, generation::network(&node.dir, "10.213.99.0/24"))?;
+        fs::write(node.dir.join("restart"), node.script())?;
+        node.up()?;
+        Ok(node)
+    }
+
+    /// containerd's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("run/containerd/containerd.sock")
     }
 
     pub fn config(&self) -> PathBuf {
@@ -117,6 +159,11 @@ state = "{dir}/state"
     /// Ends the daemon and starts it, with `extra` (shell) in between.
     fn script(&self) -> String {
         let (dir, bin) = (self.dir.display(), self.bin.display());
+        let enter = self.network.as_ref().map(|netns| {
+            let path = netns.path().display();
+            format!("nsenter --net={path} ")
+        });
+        let enter = enter.unwrap_or_default();
         format!(
             r#"exec 9>&-
 if [ -e {dir}/pid ]; then
@@ -127,7 +174,7 @@ echo >> {dir}/restarts
 [ ! -e {dir}/slow ] || sleep 2
 if [ -e {dir}/refuse ] && grep -rq casemate {dir}/etc/containerd; then exit 0; fi
 PATH={dir}/usr/local/bin:{bin}:/usr/sbin:/usr/bin:/sbin:/bin \
-  setsid {bin}/containerd --config {dir}/etc/containerd/config.toml >>{dir}/log 2>&1 </dev/null &
+  {enter}setsid {bin}/containerd --config {dir}/etc/containerd/config.toml >>{dir}/log 2>&1 </dev/null &
 echo $! > {dir}/pid
 "#
         )
@@ -159,8 +206,7 @@ echo $! > {dir}/pid
     }
 
     pub fn ctr(&self) -> Ctr {
-        let socket = self.dir.join("run/containerd/containerd.sock");
-        Ctr::new(&socket, world::NAMESPACE).with_path(&self.bin.display().to_string())
+        Ctr::new(&self.socket(), world::NAMESPACE).with_path(&self.bin.display().to_string())
     }
 
     /// `casemate VERB` for this node, with its restart command.
