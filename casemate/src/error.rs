@@ -23,12 +23,30 @@ pub enum RunError {
         /// Its own words.
         reason: String,
     },
+    /// The command of a run couldn't be run, and nothing else is wrong.
+    #[error("run {command}: {reason}; it is looked for in the sandbox' root")]
+    Command {
+        /// Its name.
+        command: String,
+        /// What the sandbox says.
+        reason: String,
+        /// As shells have it: 126, or 127 where there is no such file.
+        status: i32,
+    },
     /// What was asked for can't be done here.
     #[error("{0}")]
     Refused(String),
 }
 
 impl RunError {
+    /// An exit status of its own.
+    pub fn status(&self) -> Option<i32> {
+        match self {
+            Self::Command { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+
     /// Whether the host failed in this way.
     pub fn is(&self, kind: io::ErrorKind) -> bool {
         matches!(self, Self::Host { source, .. } if source.kind() == kind)

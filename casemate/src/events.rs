@@ -22,8 +22,9 @@ Examples:
 One JSON object a line: at, namespace, pod, kind (denial, exec, exec_end, oom,
 policy_refusal, agent_loss, broker_loss, network), and what belongs to it. A
 line of kind \"dropped\" has the number of records that were lost: pushed out by
-later ones, or too many at a time. Needs root.
-Exit status: 0, or 125 if casemate itself failed.";
+later ones, or too many at a time; one of kind \"unheard\" is of a pod whose shim
+doesn't answer. Needs root. Exit status: 0, or 125 if casemate itself failed, or
+the one pod that was named isn't heard.";
 
 /// One round of a pod that is followed.
 const ROUND: Duration = Duration::from_secs(20);
@@ -88,12 +89,15 @@ async fn print(options: &Events) -> Result<(), RunError> {
         return Ok(());
     }
     if !options.follow {
-        let pods = match chosen {
-            Some(pod) => vec![pod],
-            None => operator::pods()?,
-        };
-        for pod in pods {
-            once(&pod).await?;
+        if let Some(pod) = &chosen {
+            return once(pod).await;
+        }
+        for pod in operator::pods()? {
+            match once(&pod).await {
+                Err(error) if error.is(io::ErrorKind::BrokenPipe) => return Err(error),
+                Err(error) => line(&unheard(&pod, &error))?,
+                Ok(()) => {}
+            }
         }
         return Ok(());
     }
@@ -102,17 +106,11 @@ async fn print(options: &Events) -> Result<(), RunError> {
 
 /// What a pod has now.
 async fn once(pod: &Pod) -> Result<(), RunError> {
-    let shim = match Operator::connect(pod).await {
-        Ok(shim) => shim,
-        Err(error) => return line(&unheard(pod, &error)),
-    };
+    let shim = Operator::connect(pod).await?;
     let mut since = 0;
     let mut told = Value::Null;
     loop {
-        let page = match shim.records(since, Duration::ZERO).await {
-            Ok(page) => page,
-            Err(error) => return line(&unheard(pod, &error)),
-        };
+        let page = shim.records(since, Duration::ZERO).await?;
         let records = page["records"].as_array().cloned().unwrap_or_default();
         if let Some(dropped) = dropped(pod, &page, &mut told) {
             line(&dropped)?;

@@ -2,15 +2,16 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
 
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::error::{RunError, Step};
+use crate::error::RunError;
 use crate::network;
 use crate::operator::{self, Operator, Pod};
+use crate::out;
 use crate::paint::{Paint, plain};
+use crate::ps::state;
 
 /// Help text.
 pub const EXAMPLES: &str = "\
@@ -42,9 +43,7 @@ pub fn run(options: &Inspect) -> Result<i32, RunError> {
         true => format!("{found}\n"),
         false => table(&found, Paint::stdout()),
     };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .step("write to", "standard output")?;
+    out::say(text)?;
     Ok(0)
 }
 
@@ -52,7 +51,8 @@ pub fn run(options: &Inspect) -> Result<i32, RunError> {
 pub async fn whole(pod: &Pod) -> Result<Value, RunError> {
     let shim = Operator::connect(pod).await?;
     let mut found = shim.inspect().await?;
-    let promise = shim.promise().await?;
+    // A pod that has lost its agent has none, and is looked at all the more.
+    let promise = shim.promise().await.unwrap_or_default();
     // A shim of a release before has no word for it.
     let explained = shim.explain().await.unwrap_or_default();
     let named = |list: &Value, id: &Value| {
@@ -146,6 +146,9 @@ fn table(found: &Value, paint: Paint) -> String {
         page.line(1, "kubernetes", name);
     }
     let (sandbox, shim) = (&found["sandbox"], &found["shim"]);
+    if let Some(error) = sandbox["error"].as_str() {
+        page.line(1, "lost", page.paint.bad(&plain(error)));
+    }
     for (name, value) in [
         ("namespace", &found["namespace"]),
         ("since", &found["since"]),
@@ -179,8 +182,13 @@ fn table(found: &Value, paint: Paint) -> String {
 
 fn guard(page: &mut Page, network: &Value) {
     if network["guard"] != true {
-        let why = network["error"].as_str().map(plain);
-        page.line(1, "network guard", why.unwrap_or_else(|| "none".to_owned()));
+        let why = match network["error"].as_str() {
+            Some(error) => plain(error),
+            // Without an agent there is nobody to ask by.
+            None if network.is_null() => "-".to_owned(),
+            None => "none".to_owned(),
+        };
+        page.line(1, "network guard", why);
         return;
     }
     page.line(1, "network guard", "rules, and packets that met them");
@@ -193,7 +201,7 @@ fn one(page: &mut Page, container: &Value) {
     page.heading(&format!("container {}", word(&container["id"])));
     let sandbox = &container["sandbox"];
     for (name, value) in [
-        ("state", &container["state"]),
+        ("state", &state(container).into()),
         ("init", &container["pid"]),
         ("forker", &sandbox["forker"]),
         ("user", &sandbox["user"]),

@@ -16,6 +16,7 @@ mod install;
 mod metrics;
 mod network;
 mod operator;
+mod out;
 #[cfg(test)]
 mod pages;
 mod paint;
@@ -43,7 +44,7 @@ const OWN_FAILURE: i32 = 125;
 
 /// The casemate sandbox on this node: looking after pods, and running one command
 #[derive(Debug, Parser)]
-#[command(version, disable_help_subcommand = true, after_help = OVERVIEW)]
+#[command(version, after_help = OVERVIEW)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -54,12 +55,18 @@ enum Command {
     /// Run one command in a sandbox, without containerd
     #[command(after_help = EXAMPLES)]
     Run(Run),
+    /// Look for what keeps this node from running pods
+    #[command(after_help = doctor::EXAMPLES)]
+    Doctor(doctor::Doctor),
     /// List living pods and their containers
     #[command(after_help = ps::EXAMPLES)]
     Ps(ps::Ps),
     /// Tell all that is known of a living pod, and where each setting is from
     #[command(after_help = inspect::EXAMPLES)]
     Inspect(inspect::Inspect),
+    /// Tell which calls of a pod were refused, why, and what would allow them
+    #[command(after_help = why::EXAMPLES)]
+    Why(why::Why),
     /// Print what happened in pods: refused calls, execs, refusals, losses
     #[command(after_help = events::EXAMPLES)]
     Events(events::Events),
@@ -85,6 +92,9 @@ enum Command {
     /// Write a casemate that carries the programs beside this one, for a release
     #[command(hide = true)]
     Carry(release::Carry),
+    /// Names of living pods, for shells to complete
+    #[command(hide = true)]
+    PodNames,
     /// Print what a pod's network guard has let through and refused
     #[command(after_help = network::EXAMPLES)]
     Network(network::Network),
@@ -106,12 +116,6 @@ enum Command {
     /// Write manual pages
     #[command(after_help = help::MAN)]
     Man(help::Man),
-    /// Look for what keeps this node from running pods
-    #[command(after_help = doctor::EXAMPLES)]
-    Doctor(doctor::Doctor),
-    /// Tell which calls of a pod were refused, why, and what would allow them
-    #[command(after_help = why::EXAMPLES)]
-    Why(why::Why),
 }
 
 const OVERVIEW: &str = "\
@@ -134,8 +138,9 @@ Examples:
   casemate run --rootfs /srv/debian -- ls /   another root, read-only
   casemate run --rootfs DIR --writable -- sh -c 'echo x > /file'
 
-The exit status is the command's, or 128 + signal; 125 if casemate itself
-failed. Needs root. The node's /etc/casemate/config.toml applies.";
+The exit status is the command's, or 128 + signal; 127 if there is no such command
+in the root, 126 if it can't be executed, 125 if casemate itself failed. Needs root.
+The node's /etc/casemate/config.toml applies.";
 
 /// What to run, and in what.
 #[derive(Debug, Args)]
@@ -168,8 +173,8 @@ fn main() {
         Command::Events(options) => (events::run(&options), OWN_FAILURE),
         Command::Metrics(options) => (metrics::run(&options), OWN_FAILURE),
         Command::Collect(options) => (collect::run(&options), OWN_FAILURE),
-        Command::Completion(options) => (help::completion(&options, Cli::command()), OWN_FAILURE),
-        Command::Man(options) => (help::man(&options, Cli::command()), OWN_FAILURE),
+        Command::Completion(options) => (help::completion(&options, &Cli::command()), OWN_FAILURE),
+        Command::Man(options) => (help::man(&options, &Cli::command()), OWN_FAILURE),
         Command::Report(options) => (report::run(&options), OWN_FAILURE),
         Command::Bench(options) => (bench::run(&options), OWN_FAILURE),
         Command::Network(options) => (network::run(&options), OWN_FAILURE),
@@ -178,6 +183,7 @@ fn main() {
         Command::Why(options) => (why::run(&options), OWN_FAILURE),
         Command::Install(options) => (install::install(&options), 1),
         Command::Uninstall(options) => (install::uninstall(&options), 1),
+        Command::PodNames => (help::pod_names(), OWN_FAILURE),
         Command::InsideProof { wait } => (Ok(install::inside(wait)), OWN_FAILURE),
         Command::Carry(options) => (release::carry(&options), OWN_FAILURE),
         Command::Doctor(options) => (doctor::run(&options), OWN_FAILURE),
@@ -187,7 +193,7 @@ fn main() {
         Ok(status) => status,
         Err(error) => {
             let _lost = writeln!(std::io::stderr(), "casemate: {error}");
-            failure
+            error.status().unwrap_or(failure)
         }
     });
 }

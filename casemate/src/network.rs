@@ -3,7 +3,6 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Write as _;
 use std::os::fd::AsFd;
 
 use casemate_netguard::{Counter, Direction, Refused};
@@ -14,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::error::{RunError, Step};
 use crate::operator::{self, Operator};
+use crate::out;
 
 /// Help text.
 pub const EXAMPLES: &str = "\
@@ -72,9 +72,7 @@ pub fn run(options: &Network) -> Result<i32, RunError> {
         );
         text
     };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .step("write to", "standard output")?;
+    out::say(text)?;
     Ok(0)
 }
 

@@ -6,11 +6,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use futures::stream::{self, StreamExt};
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
 use ttrpc::r#async::Client;
 
-use crate::error::{RunError, Step, rpc};
+use crate::error::{RunError, Step, one_line, rpc};
 
 /// Where shims enter their pods.
 const REGISTRY: &str = "/run/casemate/pods";
@@ -22,6 +23,8 @@ const REFUSED: [&str; 2] = [
 const SERVICE: &str = "casemate.operator.v1.Operator";
 /// For an answer that waits for nothing.
 const SOON: Duration = Duration::from_secs(5);
+/// Shims that are asked at a time.
+const AT_ONCE: usize = 16;
 /// The most bytes that a file of ours has.
 const LARGEST: u64 = 1024 * 1024;
 
@@ -41,6 +44,42 @@ pub struct Pod {
     socket: PathBuf,
 }
 
+impl Pod {
+    /// What people call it: Kubernetes' name where there is one, else its id.
+    pub fn name(&self) -> String {
+        match &self.kubernetes {
+            Some((namespace, name)) => format!("{namespace}/{name}"),
+            None => self.id.clone(),
+        }
+    }
+
+    /// Whether it still is there, and not another one of its name.
+    pub fn is_there(&self) -> bool {
+        pods().is_ok_and(|all| {
+            let mut all = all.iter();
+            all.any(|pod| pod.id == self.id && pod.shim == self.shim && pod.since == self.since)
+        })
+    }
+
+    /// Why its shim hasn't answered, and what to do.
+    fn unanswered(&self, reason: &str) -> RunError {
+        let (name, shim) = (one_line(&self.name()), self.shim);
+        let way = match stat(shim).as_ref().and_then(|fields| fields.first()) {
+            None => "it has ended: casemate ps lists those that live".to_owned(),
+            Some(state) if matches!(state.as_str(), "T" | "t") => {
+                format!("it is stopped, by a signal or a debugger: kill -CONT {shim}")
+            }
+            Some(_) => format!(
+                "it lives: try again, and if it stays so look at /proc/{shim}/stack, the node's \
+                 load and containerd's log"
+            ),
+        };
+        RunError::Refused(format!(
+            "ask the shim of pod {name}, pid {shim}: {reason}; {way}"
+        ))
+    }
+}
+
 #[cfg(test)]
 impl Pod {
     /// One that nobody answers for.
@@ -58,11 +97,16 @@ impl Pod {
 
 /// What is refused without root, before anything is tried.
 pub fn needs_root(command: &str) -> Result<(), RunError> {
+    root_only(command, "pods answer nobody else")
+}
+
+/// The same, with another reason.
+pub fn root_only(command: &str, reason: &str) -> Result<(), RunError> {
     if rustix::process::geteuid().is_root() {
         return Ok(());
     }
     Err(RunError::Refused(format!(
-        "{command}: needs root, as pods answer nobody else: use sudo"
+        "{command}: needs root, as {reason}: use sudo"
     )))
 }
 
@@ -113,42 +157,103 @@ fn small(path: &Path) -> Option<Vec<u8>> {
     (size <= LARGEST).then(|| fs::read(path).ok()).flatten()
 }
 
-/// Field 22 of `/proc/PID/stat` (proc_pid_stat(5)).
-fn started(pid: u32) -> Option<u64> {
+/// The fields of `/proc/PID/stat` from the third on, the state (proc_pid_stat(5)).
+fn stat(pid: u32) -> Option<Vec<String>> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_ascii_whitespace();
+    Some(rest.split_ascii_whitespace().map(str::to_owned).collect())
+}
+
+/// When it began: field 22.
+fn started(pid: u32) -> Option<u64> {
+    let fields = stat(pid)?;
     // One that has ended and waits for its parent is no shim any more.
-    if matches!(fields.next()?, "Z" | "X") {
+    if matches!(fields.first()?.as_str(), "Z" | "X") {
         return None;
     }
-    fields.nth(22 - 4)?.parse().ok()
+    fields.get(22 - 3)?.parse().ok()
 }
 
 /// The one living pod that `name` means: its id or the beginning of it, or
-/// Kubernetes' name, `NAMESPACE/NAME` where that is needed.
+/// Kubernetes' name; `NAMESPACE/` before either, of Kubernetes or of containerd,
+/// where that is needed. Or the id of one of its containers, as `kubectl describe`
+/// and `crictl` have it.
 pub fn find(name: &str) -> Result<Pod, RunError> {
+    let name = name.strip_prefix("containerd://").unwrap_or(name);
     let pods = pods()?;
-    if let Some(exact) = pods.iter().find(|pod| pod.id == name) {
-        return Ok(exact.clone());
+    let mut found: Vec<&Pod> = pods.iter().filter(|pod| pod.id == name).collect();
+    if found.is_empty() {
+        found = pods.iter().filter(|pod| is_named(pod, name)).collect();
     }
-    let is_named = |pod: &&Pod| {
-        let kubernetes = pod.kubernetes.as_ref();
-        let by_name = kubernetes
-            .is_some_and(|(namespace, own)| own == name || format!("{namespace}/{own}") == name);
-        by_name || (!name.is_empty() && pod.id.starts_with(name))
-    };
-    let found: Vec<&Pod> = pods.iter().filter(is_named).collect();
+    let inside;
+    if found.is_empty() && !name.is_empty() {
+        inside = with_container(&pods, name);
+        found = inside.iter().collect();
+    }
     match found[..] {
         [one] => Ok(one.clone()),
         [] => Err(RunError::Refused(format!(
-            "find pod {name:?}: no living pod has this id or name; casemate ps lists them"
+            "find pod {name:?}: no living pod has this id or name, nor has a container of one; \
+             casemate ps lists them"
         ))),
-        _ => Err(RunError::Refused(format!(
-            "find pod {name:?}: {} pods are meant by it; give more of the id, or NAMESPACE/NAME",
-            found.len()
-        ))),
+        _ => {
+            let each = found.iter().take(4).map(|pod| match &pod.kubernetes {
+                Some(_) => format!("{} ({})", one_line(&pod.name()), one_line(&pod.id)),
+                None => format!("{}/{}", pod.namespace, one_line(&pod.id)),
+            });
+            let each: Vec<String> = each.collect();
+            Err(RunError::Refused(format!(
+                "find pod {name:?}: {} pods are meant by it, {}{}: give more of the id, or \
+                 NAMESPACE/NAME",
+                found.len(),
+                each.join(", "),
+                if found.len() > each.len() { "…" } else { "" },
+            )))
+        }
     }
+}
+
+fn is_named(pod: &Pod, name: &str) -> bool {
+    let by_kubernetes = pod.kubernetes.as_ref().is_some_and(|(namespace, own)| {
+        own == name || name.strip_suffix(own.as_str()) == Some(&format!("{namespace}/"))
+    });
+    let in_namespace = name.split_once('/').is_some_and(|(namespace, id)| {
+        pod.namespace == namespace && !id.is_empty() && pod.id.starts_with(id)
+    });
+    by_kubernetes || in_namespace || (!name.is_empty() && pod.id.starts_with(name))
+}
+
+/// Pods with a container whose id is this, or begins so.
+fn with_container(pods: &[Pod], name: &str) -> Vec<Pod> {
+    // Of its own, as whoever calls may be in an event loop.
+    let told = std::thread::scope(|scope| {
+        let asked = scope.spawn(|| block_on(async { Ok(inspected(pods.to_vec()).await) }));
+        asked.join().ok().and_then(Result::ok)
+    });
+    let has = |said: &Value| {
+        let mut all = said["containers"].as_array().into_iter().flatten();
+        all.any(|one| one["id"].as_str().is_some_and(|id| id.starts_with(name)))
+    };
+    let told = told.unwrap_or_default().into_iter();
+    told.filter(|(_, said)| said.as_ref().is_ok_and(has))
+        .map(|(pod, _)| pod)
+        .collect()
+}
+
+/// What the shims of all these pods say, in their order; one that is stuck holds up
+/// no other.
+pub async fn inspected(pods: Vec<Pod>) -> Vec<(Pod, Result<Value, RunError>)> {
+    stream::iter(pods)
+        .map(|pod| async {
+            let said = match Operator::connect(&pod).await {
+                Ok(shim) => shim.inspect().await,
+                Err(error) => Err(error),
+            };
+            (pod, said)
+        })
+        .buffered(AT_ONCE)
+        .collect()
+        .await
 }
 
 /// Refusals of pods that may be gone, oldest first.
@@ -167,18 +272,25 @@ pub fn refusals() -> Vec<Value> {
 }
 
 /// A connection to a pod's shim.
-pub struct Operator(Client);
+pub struct Operator {
+    client: Client,
+    pod: Pod,
+}
 
 impl Operator {
     /// Connects.
     pub async fn connect(pod: &Pod) -> Result<Operator, RunError> {
-        let socket = pod.socket.display();
         let stream = tokio::time::timeout(SOON, UnixStream::connect(&pod.socket))
             .await
             .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))
             .and_then(|connected| connected)
-            .step("connect to the shim at", socket)?;
-        Ok(Operator(Client::new(stream.into())))
+            .map_err(|error| {
+                pod.unanswered(&format!("connect to {}: {error}", pod.socket.display()))
+            })?;
+        Ok(Operator {
+            client: Client::new(stream.into()),
+            pod: pod.clone(),
+        })
     }
 
     async fn ask(
@@ -194,7 +306,11 @@ impl Operator {
             payload: ask.to_string().into_bytes(),
             ..ttrpc::Request::default()
         };
-        let response = self.0.request(request).await.map_err(rpc(method))?;
+        let answer = self.client.request(request).await;
+        let response = answer.map_err(|error| match error {
+            ttrpc::Error::RpcStatus(_) => rpc(method)(error),
+            other => self.pod.unanswered(&one_line(&other.to_string())),
+        })?;
         serde_json::from_slice(&response.payload).map_err(|error| RunError::Shim {
             step: method,
             reason: format!(

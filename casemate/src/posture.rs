@@ -1,18 +1,20 @@
 //! `casemate posture`: whether a living pod still is what its shim promised.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 use casemate_posture::{Depth, Findings, Promise};
 use clap::Args;
 use serde_json::json;
 
-use crate::error::{RunError, Step};
+use crate::error::RunError;
 use crate::operator::{self, Operator, Pod};
+use crate::out;
 
 /// Help text.
 pub const EXAMPLES: &str = "\
 Examples:
-  casemate posture POD            what is not as promised, a line each
+  casemate posture POD            what is not as promised, a line each; on a terminal
+                                  also that nothing is
   casemate posture --json POD     the same, with the promise
 
 The host's kernel is asked about every process of the pod: ids, capabilities,
@@ -79,8 +81,10 @@ pub fn run(options: &Posture) -> Result<i32, RunError> {
             .map(|deviation| format!("{deviation}\n"))
             .collect()
     };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .step("write to", "standard output")?;
+    out::say(text)?;
+    // Scripts look at the status, and at lines; people at a terminal want a word.
+    if found.deviations.is_empty() && !options.json && std::io::stdout().is_terminal() {
+        out::say("all that could be seen is as promised\n")?;
+    }
     Ok(i32::from(!found.deviations.is_empty()))
 }

@@ -6,8 +6,9 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::clock;
-use crate::error::{RunError, Step};
-use crate::operator::{self, Operator, Pod};
+use crate::error::RunError;
+use crate::operator::{self, Pod};
+use crate::out;
 use crate::paint::plain;
 
 /// Help text.
@@ -16,9 +17,14 @@ Examples:
   casemate ps           pods and containers of this node
   casemate ps -o wide   the same, with profile, user, processes, shim, agent and release
   casemate ps --json    all that their shims say
+  casemate ps -q        ids of pods alone, for a script
+  for pod in $(casemate ps -q); do casemate posture $pod; done
 
-A shim that doesn't answer within five seconds is listed with the reason.
-Exit status: 0, or 125 if casemate itself failed.";
+A pod whose shim doesn't answer within five seconds has the state unknown, and the
+reason is told on standard error. A container that has ended has its exit status
+behind the state. MEMORY is what the container's cgroup counts, DENIED the calls that
+its profile has refused (casemate why has which). Exit status: 0, or 125 if casemate
+itself failed.";
 
 /// What to list, and how.
 #[derive(Debug, Args)]
@@ -29,6 +35,9 @@ pub struct Ps {
     /// How much of each
     #[arg(short, long, value_name = "HOW")]
     output: Option<Output>,
+    /// Only the pods' ids, one a line; no shim is asked
+    #[arg(short, long, conflicts_with_all = ["json", "output"])]
+    quiet: bool,
 }
 
 /// How much is told of each container.
@@ -42,26 +51,26 @@ enum Output {
 pub fn run(options: &Ps) -> Result<i32, RunError> {
     operator::needs_root("ps")?;
     let pods = operator::pods()?;
-    let found = operator::block_on(async {
-        let mut found = Vec::new();
-        for pod in pods {
-            let said = match Operator::connect(&pod).await {
-                Ok(shim) => shim.inspect().await,
-                Err(error) => Err(error),
-            };
-            found.push((pod, said));
-        }
-        Ok(found)
-    })?;
+    if options.quiet {
+        let lines: String = pods.iter().map(|pod| plain(&pod.id) + "\n").collect();
+        out::say(lines)?;
+        return Ok(0);
+    }
+    let mut found = operator::block_on(async { Ok(operator::inspected(pods).await) })?;
+    // One that has ended meanwhile is no living pod, and nothing is wrong with it.
+    found.retain(|(pod, said)| said.is_ok() || pod.is_there());
     let text = if options.json {
         let all: Vec<Value> = found.iter().map(|(pod, said)| as_json(pod, said)).collect();
         format!("{}\n", Value::Array(all))
     } else {
         table(&found, options.output == Some(Output::Wide))
     };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .step("write to", "standard output")?;
+    out::say(text)?;
+    for (_, said) in found.iter().filter(|_| !options.json) {
+        if let Err(error) = said {
+            let _lost = writeln!(std::io::stderr(), "casemate: {}", plain(&error.to_string()));
+        }
+    }
     Ok(0)
 }
 
@@ -119,19 +128,15 @@ fn table(found: &[(Pod, Result<Value, RunError>)], wide: bool) -> String {
             None => short(&pod.id),
         };
         let name = plain(&name);
-        let said = match said {
-            Ok(said) => said,
-            Err(error) => {
-                let why = error.to_string();
-                let why = plain(&why);
-                let mut row = vec![pod.namespace.clone(), name, format!("({why})")];
-                row.resize(if wide { 15 } else { 9 }, "-".to_owned());
-                rows.push(row);
-                continue;
-            }
-        };
         let age = age(&pod.since);
-        let ids = said["sandbox"]["ids"]["root"].to_string();
+        let nothing = Value::Null;
+        let (said, silent) = match said {
+            Ok(said) => (said, false),
+            Err(_) => (&nothing, true),
+        };
+        let ids = said["sandbox"]["ids"]["root"]
+            .as_u64()
+            .map_or("-".to_owned(), |first| first.to_string());
         let empty = Vec::new();
         let containers = said["containers"].as_array().unwrap_or(&empty);
         let mut some = false;
@@ -143,7 +148,7 @@ fn table(found: &[(Pod, Result<Value, RunError>)], wide: bool) -> String {
                 name.clone(),
                 short(container["id"].as_str().unwrap_or_default()),
                 container["pid"].to_string(),
-                container["state"].as_str().unwrap_or("-").to_owned(),
+                state(container),
                 ids.clone(),
                 usage.as_u64().map_or("-".to_owned(), bytes),
                 container["denied"]
@@ -158,7 +163,8 @@ fn table(found: &[(Pod, Result<Value, RunError>)], wide: bool) -> String {
         }
         if !some {
             let mut row = vec![pod.namespace.clone(), name];
-            row.resize(5, "-".to_owned());
+            row.resize(4, "-".to_owned());
+            row.push(if silent { "unknown" } else { "-" }.to_owned());
             row.extend([ids, "-".to_owned(), "-".to_owned(), age]);
             if wide {
                 row.extend(more(pod, said, &Value::Null));
@@ -167,6 +173,16 @@ fn table(found: &[(Pod, Result<Value, RunError>)], wide: bool) -> String {
         }
     }
     aligned(&rows)
+}
+
+/// What a container does: one that has ended with its exit status.
+pub fn state(container: &Value) -> String {
+    let state = container["state"].as_str().unwrap_or("-");
+    match container["exit"].as_u64() {
+        Some(status) => format!("{state} ({status})"),
+        None if state == "running" && container["paused"] == true => "paused".to_owned(),
+        None => plain(state),
+    }
 }
 
 /// Columns as wide as their widest cell.
@@ -223,6 +239,34 @@ fn age(since: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_says_what_there_is_to_know_of_it() {
+        let of = |state: &str, exit: Value, paused: bool| {
+            super::state(&json!({ "state": state, "exit": exit, "paused": paused }))
+        };
+        assert_eq!(of("running", Value::Null, false), "running");
+        assert_eq!(of("running", Value::Null, true), "paused");
+        assert_eq!(of("stopped", 137.into(), true), "stopped (137)");
+        assert_eq!(of("created", Value::Null, false), "created");
+    }
+
+    #[test]
+    fn a_pod_that_does_not_answer_keeps_its_row_as_narrow_as_others() {
+        let silent = RunError::Refused("a long reason that is not for a column".to_owned());
+        let lost = json!({ "sandbox": { "error": "the agent has ended" }, "containers": [] });
+        let found = [
+            (Pod::of_test("silent"), Err(silent)),
+            (Pod::of_test("lost"), Ok(lost)),
+        ];
+        for wide in [false, true] {
+            let text = table(&found, wide);
+            assert!(!text.contains("a long reason"), "{text}");
+            assert!(!text.contains("null"), "{text}");
+            let row = text.lines().find(|line| line.contains("silent"));
+            assert!(row.is_some_and(|row| row.contains(" unknown ")), "{text}");
+        }
+    }
 
     #[test]
     fn columns_are_aligned_and_lines_have_no_blanks_at_their_end() {

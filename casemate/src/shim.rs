@@ -103,7 +103,7 @@ impl Shim {
             .create(soon(), &request)
             .await
             .map(|answer| answer.pid)
-            .map_err(rpc("create"))
+            .map_err(|error| not_run(rpc("create")(error)))
     }
 
     /// Lets the process go.
@@ -207,6 +207,27 @@ impl Shim {
             }
             delete(&self.program.shim, &self.bundle, &self.id);
         }
+    }
+}
+
+/// A command that isn't there, or can't be executed, is no failure of ours: the agent
+/// says it as `start process: execute NAME: REASON`.
+fn not_run(error: RunError) -> RunError {
+    let RunError::Shim { reason, .. } = &error else {
+        return error;
+    };
+    let said = reason.strip_prefix("start process: execute ");
+    let Some((command, reason)) = said.and_then(|said| said.split_once(": ")) else {
+        return error;
+    };
+    let absent = ["not found", "No such file"];
+    RunError::Command {
+        command: command.to_owned(),
+        reason: reason.to_owned(),
+        status: match absent.iter().any(|words| reason.contains(words)) {
+            true => 127,
+            false => 126,
+        },
     }
 }
 

@@ -2,14 +2,14 @@
 //! would allow them.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::error::{RunError, Step, one_line};
+use crate::error::{RunError, one_line};
 use crate::network::{self, SHOWN};
 use crate::operator::{self, Operator};
+use crate::out;
 
 /// Help text.
 pub const EXAMPLES: &str = "\
@@ -76,9 +76,7 @@ pub fn run(options: &Why) -> Result<i32, RunError> {
             explain(&said, &refusals, packets)
         }
     };
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .step("write to", "standard output")?;
+    out::say(text)?;
     Ok(0)
 }
 

@@ -5,12 +5,14 @@ mod figures;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Instant;
 
 use clap::Args;
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::Run;
 use crate::clock;
@@ -18,6 +20,7 @@ use crate::error::{RunError, Step};
 use crate::install::task::{Daemon, Exec};
 use crate::metrics::pss;
 use crate::operator;
+use crate::out;
 use crate::progress::Progress;
 use crate::rootfs;
 use figures::Figures;
@@ -33,8 +36,10 @@ Examples:
 Each round makes a container of the host's busybox by each runtime, in turn, through
 containerd: what it takes to run, an exec in it, its memory (proportional set size of
 all of its processes), its end. Rows of the JSON are those of make bench, for casemate
-report --bench. Let the node rest meanwhile. All is taken away at the end, also after
-Ctrl-C's next round. Exit status: 0, or 125 if casemate itself failed.";
+report --bench. Let the node rest meanwhile. All is taken away at the end; Ctrl-C and
+SIGTERM end it after the round that runs, with the figures of those that are done (a
+second one ends it at once, and leaves what is there). Exit status: 0, 128 + signal if
+one ended it, or 125 if casemate itself failed.";
 
 /// containerd's namespace of it all.
 const NAMESPACE: &str = "casemate-bench";
@@ -82,7 +87,7 @@ struct Runtime {
 
 /// Measures, and tells.
 pub fn run(options: &Bench) -> Result<i32, RunError> {
-    operator::needs_root("bench")?;
+    operator::root_only("bench", "containerd answers nobody else")?;
     let mut runtimes = vec![Runtime {
         name: OURS.to_owned(),
         kind: options.runtime.clone(),
@@ -106,8 +111,15 @@ pub fn run(options: &Bench) -> Result<i32, RunError> {
     // Ids of a sandbox come in where only root could.
     open_to_all(dir.path())?;
     let mut found = Figures::default();
+    let asked = Arc::new(AtomicI32::new(0));
+    watch(&asked)?;
     let progress = Progress::of(u64::from(options.rounds), "round");
+    let ended = || asked.load(Ordering::Relaxed);
+    let mut done = 0;
     let measured = (0..options.rounds).try_for_each(|round| {
+        if ended() != 0 {
+            return Ok(());
+        }
         progress.step("");
         for turn in 0..runtimes.len() {
             // Who is second today is first tomorrow.
@@ -116,6 +128,7 @@ pub fn run(options: &Bench) -> Result<i32, RunError> {
                 one(&mut daemon, runtime, &root, round, &mut found)?;
             }
         }
+        done += 1;
         Ok(())
     });
     drop(progress);
@@ -123,21 +136,59 @@ pub fn run(options: &Bench) -> Result<i32, RunError> {
     measured?;
     let names: Vec<String> = runtimes.iter().map(|r| r.name.clone()).collect();
     let about = json!({
-        "at": clock::rfc3339(clock::now()), "rounds": options.rounds, "containerd": version,
+        "at": clock::rfc3339(clock::now()), "rounds": done, "containerd": version,
         "casemate": env!("CARGO_PKG_VERSION"),
         "kernel": rustix::system::uname().release().to_string_lossy(),
         "load": fs::read_to_string("/proc/loadavg").unwrap_or_default().trim(),
         "runtimes": runtimes.iter().map(|r| (r.name.clone(), r.kind.clone().into()))
             .collect::<serde_json::Map<String, Value>>(),
     });
-    std::io::stdout()
-        .write_all(found.table(&names).as_bytes())
-        .step("write to", "standard output")?;
+    out::say(found.table(&names))?;
     if let Some(path) = &options.json {
         let text = found.json(&about).to_string() + "\n";
         fs::write(path, text).step("write", path.display())?;
     }
-    Ok(0)
+    Ok(match ended() {
+        0 => 0,
+        signal => 128 + signal,
+    })
+}
+
+/// From here on a signal that asks for the end is kept in `asked`; a second one ends
+/// all at once.
+fn watch(asked: &Arc<AtomicI32>) -> Result<(), RunError> {
+    let asked = asked.clone();
+    let (ready, begun) = std::sync::mpsc::channel();
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            operator::block_on(async {
+                let watch = |kind| signal(kind).step("watch", "signals");
+                let (mut interrupt, mut terminate) = match (
+                    watch(SignalKind::interrupt()),
+                    watch(SignalKind::terminate()),
+                ) {
+                    (Ok(one), Ok(other)) => (one, other),
+                    (Err(error), _) | (_, Err(error)) => {
+                        let _gone = ready.send(Err(error));
+                        return Ok(());
+                    }
+                };
+                let _gone = ready.send(Ok(()));
+                loop {
+                    let kind = tokio::select! {
+                        _ = interrupt.recv() => SignalKind::interrupt(),
+                        _ = terminate.recv() => SignalKind::terminate(),
+                    };
+                    let number = kind.as_raw_value();
+                    if asked.swap(number, Ordering::Relaxed) != 0 {
+                        std::process::exit(128 + number);
+                    }
+                }
+            })
+        })
+        .step("start the thread for", "signals")?;
+    begun.recv().unwrap_or(Ok(()))
 }
 
 fn open_to_all(dir: &Path) -> Result<(), RunError> {

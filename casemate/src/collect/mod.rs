@@ -24,6 +24,7 @@ use crate::error::{RunError, Step};
 use crate::inspect;
 use crate::metrics;
 use crate::operator::{self, Operator, Pod};
+use crate::out;
 use crate::paint::plain;
 use crate::progress::Progress;
 use redact::{Secrets, strip};
@@ -125,9 +126,7 @@ pub fn run(options: &Collect) -> Result<i32, RunError> {
     report.text("errors.txt", errors);
     let bytes = pack(&name, &report).step("make", "the report")?;
     if path == Path::new("-") {
-        std::io::stdout()
-            .write_all(&bytes)
-            .step("write to", "standard output")?;
+        out::say(&bytes)?;
         return Ok(0);
     }
     let mut file = OpenOptions::new()
@@ -142,9 +141,7 @@ pub fn run(options: &Collect) -> Result<i32, RunError> {
         path.display(),
         pods.len()
     );
-    std::io::stdout()
-        .write_all(line.as_bytes())
-        .step("write to", "standard output")?;
+    out::say(line)?;
     Ok(0)
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use casemate_spec::config::{Diagnosis, diagnose};
+use casemate_spec::config::{DEFAULT_PATH, Diagnosis, Problem, diagnose};
 
 use super::UNWELL;
 use crate::error::{RunError, Step};
@@ -11,6 +11,17 @@ use crate::error::{RunError, Step};
 pub fn look(path: &Path, json: bool) -> Result<(String, i32), RunError> {
     let mut found = diagnose(path);
     found.problems.extend(crate::profile::problems(path));
+    // The usual one need not exist; one that was named is meant.
+    if path != Path::new(DEFAULT_PATH) && !path.exists() {
+        found.problems.push(Problem {
+            file: path.to_owned(),
+            line: None,
+            key: String::new(),
+            value: String::new(),
+            reason: "there is no such file".to_owned(),
+            way_out: format!("Correct the name; without one it is {DEFAULT_PATH}."),
+        });
+    }
     let text = if json {
         let object = serde_json::to_string(&found).map_err(std::io::Error::from);
         object.step("write", "the findings")? + "\n"

@@ -10,16 +10,16 @@ mod node;
 mod policy;
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::PathBuf;
 
 use casemate_spec::config::DEFAULT_PATH;
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::error::{RunError, Step, one_line};
+use crate::error::{RunError, one_line};
 use crate::install::Places;
 use crate::operator;
+use crate::out;
 use crate::paint::Paint;
 use check::{CHECKS, Check, Level, Verdict};
 use node::Node;
@@ -82,10 +82,7 @@ pub fn run(options: &Doctor) -> Result<i32, RunError> {
         Some(path) => config::look(path, options.json)?,
         None => whole(options)?,
     };
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .step("write", "standard output")?;
+    out::say(text)?;
     Ok(status)
 }
 
@@ -143,7 +140,10 @@ pub fn whole_json(at: &At) -> (Value, Value) {
 }
 
 fn whole(options: &Doctor) -> Result<(String, i32), RunError> {
-    operator::needs_root("doctor")?;
+    operator::root_only(
+        "doctor",
+        "it tries what the kernel can do (--config alone needs none)",
+    )?;
     let found = judge(&Node::look(options.at.places(), &options.at.handler));
     let status = status(&found, options.strict);
     let text = match options.json {

@@ -26,7 +26,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// How Kubernetes is told.
 #[derive(Debug, Args)]
 pub struct Cluster {
-    /// The node's name in Kubernetes: it gets the labels casemate.io/… after the proof
+    /// The node's name in Kubernetes: it gets the labels casemate.io/NAME after the proof
     #[arg(long = "node", value_name = "NAME")]
     name: Option<String>,
     /// How to reach Kubernetes [default: with the account of the pod that this runs in]

@@ -13,6 +13,7 @@ use clap::Args;
 
 use crate::error::{RunError, Step};
 use crate::operator;
+use crate::out;
 
 pub use gather::pss;
 
@@ -37,11 +38,16 @@ has all names. Exit status: 0, or 125 if casemate itself failed.";
 #[derive(Debug, Args)]
 pub struct Metrics {
     /// Answer GET /metrics at this address, until ended
-    #[arg(long, value_name = "IP:PORT", conflicts_with = "textfile")]
+    #[arg(long, value_name = "IP:PORT", conflicts_with = "textfile", value_parser = address)]
     listen: Option<SocketAddr>,
     /// Write them to this file
     #[arg(long, value_name = "FILE")]
     textfile: Option<PathBuf>,
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| "give an address and a port, as 127.0.0.1:9464 or [::]:9464".to_owned())
 }
 
 /// Gathers and tells.
@@ -54,9 +60,7 @@ pub fn run(options: &Metrics) -> Result<i32, RunError> {
     let text = operator::block_on(render())?;
     match &options.textfile {
         Some(path) => replace(path, &text)?,
-        None => std::io::stdout()
-            .write_all(text.as_bytes())
-            .step("write to", "standard output")?,
+        None => out::say(text)?,
     }
     Ok(0)
 }

@@ -11,7 +11,8 @@ use casemate_spec::config::{Config, DEFAULT_PATH, Problem};
 use clap::{Args, Subcommand};
 use seccomp_profiles::node::{self, NodeError};
 
-use crate::error::{RunError, Step};
+use crate::error::RunError;
+use crate::out;
 
 /// Help text.
 pub const EXAMPLES: &str = "\
@@ -74,10 +75,7 @@ fn directory(config: &Path) -> Result<PathBuf, RunError> {
 }
 
 fn print(text: &str) -> Result<(), RunError> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .step("write", "standard output")
+    out::say(text)
 }
 
 /// Something that whoever reads the result should know.

@@ -6,7 +6,6 @@ mod html;
 mod lights;
 
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use crate::clock;
 use crate::error::{RunError, Step};
 use crate::inspect;
 use crate::operator::{self, Operator, Pod};
+use crate::out;
 use crate::paint::plain;
 use crate::posture;
 use crate::progress::Progress;
@@ -91,9 +91,7 @@ pub fn run(options: &Report) -> Result<i32, RunError> {
     drop(progress);
     let page = page(&told, &operator::refusals(), count, &figures, clock::now());
     if options.html == Path::new("-") {
-        std::io::stdout()
-            .write_all(page.as_bytes())
-            .step("write to", "standard output")?;
+        out::say(page)?;
     } else {
         fs::write(&options.html, page).step("write", options.html.display())?;
     }

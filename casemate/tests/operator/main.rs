@@ -7,6 +7,7 @@ mod common;
 mod doctor;
 mod inspect;
 mod metrics;
+mod walk;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         metrics::trials(),
         collect::trials(),
         commands::trials(),
+        walk::trials(),
     ]
     .into_iter()
     .flatten()

@@ -21,10 +21,10 @@ const TTY_CHUNK: usize = 4096;
 const LINGER: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(64));
 
 /// Copies a pipe to wherever its output goes, until its last writer closes it.
-pub async fn pipe_to(source: AsyncFd<OwnedFd>, sink: &mut Output) -> io::Result<()> {
+pub async fn pipe_to(source: &AsyncFd<OwnedFd>, sink: &mut Output) -> io::Result<()> {
     match sink {
-        Output::Fifo(fifo) => splice_all(&source, &fifo.write).await,
-        other => read_all(&source, other, CHUNK).await,
+        Output::Fifo(fifo) => splice_all(source, &fifo.write).await,
+        other => read_all(source, other, CHUNK).await,
     }
 }
 
@@ -41,7 +41,7 @@ pub async fn terminal_to(master: &AsyncFd<OwnedFd>, sink: &mut Output) -> io::Re
 pub async fn linger(sink: Output) {
     let Output::Fifo(mut fifo) = sink else { return };
     let (mut pause, longest) = LINGER;
-    while rustix::io::ioctl_fionread(&fifo.write).is_ok_and(|unread| unread > 0)
+    while rustix::io::ioctl_fionread(&*fifo.write).is_ok_and(|unread| unread > 0)
         || !fifo.has_had_reader()
     {
         tokio::time::sleep(pause).await;

@@ -9,7 +9,7 @@ mod target;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
@@ -24,6 +24,9 @@ use crate::sandbox::ChildStdio;
 use logger::Logger;
 pub use logger::Source;
 use target::{Fifo, Output, Stdin, Target};
+
+/// Between two looks at whether output has been read.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// The stream fields of Create and Exec requests, as they came.
 #[derive(Debug, Clone, Default)]
@@ -74,6 +77,8 @@ pub struct Streams {
     held: Arc<Mutex<JoinSet<()>>>,
     /// The logging binary, until [`Streams::drain`].
     logger: Mutex<Option<Logger>>,
+    /// Of each output that goes into a fifo: the pipe that it comes by, and the fifo.
+    ways: Mutex<Vec<[Weak<AsyncFd<OwnedFd>>; 2]>>,
 }
 
 /// Ends whose copies haven't begun.
@@ -194,6 +199,7 @@ impl Streams {
             input: Mutex::new(None),
             held: Arc::default(),
             logger: Mutex::new(logger),
+            ways: Mutex::new(Vec::new()),
         };
         Ok((child, streams))
     }
@@ -208,11 +214,16 @@ impl Streams {
         }
         for (source, sink) in [pending.stdout, pending.stderr].into_iter().flatten() {
             let Some(source) = source else { continue };
-            let source = nonblocking(source, Interest::READABLE)?;
+            let source = Arc::new(nonblocking(source, Interest::READABLE)?);
             let held = self.held.clone();
             let mut sink = sink;
+            if let Output::Fifo(fifo) = &sink {
+                let ends = [Arc::downgrade(&source), Arc::downgrade(&fifo.write)];
+                lock(&self.ways).push(ends);
+            }
             let copied = tokio::spawn(async move {
-                report("output", copy::pipe_to(source, &mut sink).await);
+                report("output", copy::pipe_to(&source, &mut sink).await);
+                drop(source);
                 lock(&held).spawn(copy::linger(sink));
             });
             lock(&self.outputs).push(copied);
@@ -233,6 +244,10 @@ impl Streams {
         *lock(&self.master) = Some(master.clone());
         if let Some((_, mut sink)) = pending.stdout {
             let source = master.clone();
+            if let Output::Fifo(fifo) = &sink {
+                let ends = [Arc::downgrade(&source), Arc::downgrade(&fifo.write)];
+                lock(&self.ways).push(ends);
+            }
             let held = self.held.clone();
             let copied = tokio::spawn(async move {
                 report("terminal", copy::terminal_to(&source, &mut sink).await);
@@ -270,6 +285,27 @@ impl Streams {
         rustix::termios::tcsetwinsize(master.get_ref(), size).map_err(|error| {
             ShimError::Unknown(format!("resize terminal to {width}x{height}: {error}"))
         })
+    }
+
+    /// Waits until what has been written was read from the fifos, at most `limit`.
+    pub async fn read_out(&self, limit: Duration) {
+        let unread = |end: &Weak<AsyncFd<OwnedFd>>| {
+            let count = |end: Arc<AsyncFd<OwnedFd>>| rustix::io::ioctl_fionread(&*end);
+            // One that is closed has nothing.
+            end.upgrade()
+                .map(count)
+                .is_some_and(|n| n.is_ok_and(|n| n > 0))
+        };
+        let ways = lock(&self.ways).clone();
+        // In the order that bytes go, so that none can pass by between two looks.
+        let left = || ways.iter().flatten().any(unread);
+        let read = async {
+            while left() {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        // Whoever reads later than that has had its time.
+        let _late = tokio::time::timeout(limit, read).await;
     }
 
     /// Waits until all output has been handed on, at most `limit`, then ends

@@ -4,6 +4,7 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{FileType, Mode, OFlags};
@@ -45,7 +46,7 @@ pub enum Output {
 #[derive(Debug)]
 pub struct Fifo {
     /// Where we write, non-blocking.
-    pub write: AsyncFd<OwnedFd>,
+    pub write: Arc<AsyncFd<OwnedFd>>,
     /// A read end of our own: with it no reader that goes away is an error for the
     /// writer, and what was written while nobody read stays.
     keep: Option<OwnedFd>,
@@ -57,7 +58,7 @@ impl Fifo {
     /// The write end of a pipe whose reader we know.
     pub fn to_known_reader(write: AsyncFd<OwnedFd>) -> Fifo {
         Fifo {
-            write,
+            write: Arc::new(write),
             keep: None,
             had_reader: true,
         }
@@ -68,7 +69,7 @@ impl Fifo {
     pub fn has_had_reader(&mut self) -> bool {
         self.keep = None;
         if !self.had_reader {
-            let mut fds = [PollFd::new(&self.write, PollFlags::empty())];
+            let mut fds = [PollFd::new(&*self.write, PollFlags::empty())];
             // A writer without a reader is in error (poll(2)).
             self.had_reader = rustix::event::poll(&mut fds, Some(&NOW)).is_ok()
                 && !fds[0].revents().contains(PollFlags::ERR);
@@ -149,7 +150,7 @@ impl Target {
                     None => open_fifo(path, OFlags::WRONLY)?,
                 };
                 Ok(Some(Output::Fifo(Fifo {
-                    write: watched(path, write, Interest::WRITABLE)?,
+                    write: Arc::new(watched(path, write, Interest::WRITABLE)?),
                     keep: Some(read),
                     had_reader,
                 })))

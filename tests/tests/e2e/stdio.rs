@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use casemate_tests::bundle::Task;
-use casemate_tests::ensure_eq;
+use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::Outcome;
 use casemate_tests::stdio::{Reader, make_fifo, open_reader, read_until};
+use casemate_tests::{ensure, ensure_eq};
+use containerd_shim_protos::api::Status;
 
 use crate::common::{LONG, expect_text, output};
 
@@ -17,6 +19,7 @@ crate::trials![
     c089_no_stdio,
     c093_unknown_scheme,
     c095_fifty_lines,
+    c095_the_end_is_told_when_output_was_read,
 ];
 
 /// Points standard output at a fifo that nobody reads yet.
@@ -129,4 +132,48 @@ fn c095_fifty_lines() -> Outcome {
     let want: Vec<String> = (1..=50).map(|n| format!("line {n}")).collect();
     ensure_eq!(output(&task)?.lines().collect::<Vec<_>>(), want, "lines");
     Ok(task.finish()?)
+}
+
+/// containerd's client closes its end of a fifo when it has been told of the end, with
+/// what is in it.
+fn c095_the_end_is_told_when_output_was_read() -> Outcome {
+    crate::common::casemate_only()?;
+    let script = "n=0; while [ $n -lt 500 ]; do n=$((n+1)); echo line $n; done";
+    let mut task = Task::new("c095r", &["/bin/sh", "-c", script])?;
+    unread(&mut task)?;
+    task.boot()?;
+    task.create()?;
+    let rpc = task.rpc()?.clone();
+    let (id, ask) = (task.id.clone(), rpc.clone());
+    let (say, hear) = std::sync::mpsc::channel();
+    std::thread::spawn(move || say.send(ask.wait(&id, SHORT).map(|answer| answer.exit_status)));
+    rpc.start(&task.id)?;
+    until("the end", LONG, || {
+        let state = rpc.state(&task.id);
+        state.is_ok_and(|state| state.status == Status::STOPPED.into())
+    })?;
+    let early = hear.recv_timeout(Duration::from_millis(100));
+    ensure!(
+        early.is_err(),
+        "told while nothing had been read: {early:?}"
+    );
+    let late = Reader::start(&task.side.join("quiet-out"));
+    // What was read late is there whole, and the end is told: at once, or, to one who
+    // never reads, after a time.
+    let status = hear.recv_timeout(SHORT);
+    ensure!(matches!(status, Ok(Ok(0))), "status: {status:?}");
+    late.until("line 500\n", SHORT)?;
+    rpc.delete(&task.id)?;
+    ensure_eq!(late.text(SHORT)?.lines().count(), 500, "lines");
+    let mut task2 = Task::new("c095n", &["/bin/echo", "unheard"])?;
+    unread(&mut task2)?;
+    task2.boot()?;
+    task2.create()?;
+    ensure_eq!(
+        task2.start_and_wait()?.exit_status,
+        0,
+        "status where nobody reads"
+    );
+    task.finish()?;
+    Ok(task2.finish()?)
 }
