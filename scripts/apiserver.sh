@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds what the tests of runtimeclass/, of the node's labels and of a whole cluster
 # need: a real API server with etcd, kubectl, helm, controllers, scheduler and kubelet,
-# from their Go modules, into a directory of their own. Nothing is installed or started:
+# and promtool, from their Go modules, into a directory of their own. Nothing is installed or started:
 # the tests do that, on ports or in a network of their own.
 #
 #   scripts/apiserver.sh [PREFIX]      (default: target/kube)
@@ -18,10 +18,11 @@ prefix=$(cd "$prefix" && pwd)
 kubernetes=1.36.3
 etcd=v3.6.8
 helm=v3.21.4
+prometheus=v0.316.0
 
 lacks() { [ ! -x "$prefix/$1" ]; }
 complete() {
-    for program in etcd kube-apiserver kubectl kube-controller-manager kube-scheduler kubelet helm; do
+    for program in etcd kube-apiserver kubectl kube-controller-manager kube-scheduler kubelet helm promtool; do
         ! lacks "$program" || return 1
     done
 }
@@ -63,6 +64,13 @@ make() {
         go build -ldflags "$flags" -o "new-$1" "$2") 2>"$prefix/go.log" &&
         mv "$build/new-$1" "$prefix/$1"
 }
+install() {
+    lacks "$1" || return 0
+    echo "building $1 into $prefix …"
+    GOBIN=$build CGO_ENABLED=0 nice -n 15 timeout 1800 \
+        go install -ldflags "-s -w" "$2" 2>"$prefix/go.log" &&
+        mv "$build/$1" "$prefix/$1"
+}
 if staging 2>"$prefix/go.log" &&
     make etcd go.etcd.io/etcd/server/v3 &&
     make kube-apiserver k8s.io/kubernetes/cmd/kube-apiserver &&
@@ -70,9 +78,8 @@ if staging 2>"$prefix/go.log" &&
     make kubelet k8s.io/kubernetes/cmd/kubelet &&
     make kube-controller-manager k8s.io/kubernetes/cmd/kube-controller-manager &&
     make kube-scheduler k8s.io/kubernetes/cmd/kube-scheduler &&
-    { ! lacks helm || GOBIN=$build CGO_ENABLED=0 nice -n 15 timeout 1200 \
-        go install -ldflags "-s -w" "helm.sh/helm/v3/cmd/helm@$helm" 2>"$prefix/go.log"; }; then
-    ! lacks helm || mv "$build/helm" "$prefix/helm"
+    install helm "helm.sh/helm/v3/cmd/helm@$helm" &&
+    install promtool "github.com/prometheus/prometheus/cmd/promtool@$prometheus"; then
     rm -rf "$build"
 else
     tail -n 3 "$prefix/go.log" >&2

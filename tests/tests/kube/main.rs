@@ -8,6 +8,7 @@
 mod examples;
 mod labels;
 mod manifests;
+mod monitoring;
 #[path = "../e2e/install/node.rs"]
 mod node;
 mod nodes;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     args.test_threads = args.test_threads.or(Some(2));
     let trials = [
         manifests::trials(),
+        monitoring::trials(),
         policies::trials(),
         examples::trials(),
         nodes::trials(),

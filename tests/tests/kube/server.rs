@@ -24,7 +24,7 @@ pub fn here() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-fn programs() -> PathBuf {
+pub fn programs() -> PathBuf {
     std::env::var_os(KUBE_VARIABLE).map_or_else(|| here().join("target/kube"), PathBuf::from)
 }
 
