@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use crate::coverage::{How, coverage};
+use crate::failures::FAILURES;
 use crate::rules::RULES;
 use crate::tightenings::TIGHTENINGS;
 
@@ -65,6 +66,21 @@ pub fn refusals_page() -> String {
             cell(rule.what),
             cell(rule.why),
             cell(rule.way_out)
+        );
+    }
+    page.push_str(
+        "\n## What fails for another reason\n\n\
+         Such a message begins with the step that failed and says on what; words of it, in the\n\
+         order in which a container is made:\n\n\
+         | Words | When | Way out |\n| --- | --- | --- |\n",
+    );
+    for row in FAILURES {
+        let _ = writeln!(
+            page,
+            "| `{}` | {} | {} |",
+            row.words.trim_end(),
+            row.when,
+            row.way_out
         );
     }
     page.push_str(

@@ -191,7 +191,11 @@ fn no_answer(patience: Duration) -> SandboxError {
 }
 
 fn gone() -> SandboxError {
-    SandboxError::Unavailable("the container's forker is gone".into())
+    SandboxError::Unavailable(
+        "the container's forker is gone: killed, most likely for want of memory; raise the limit \
+         (linux.resources.memory.limit), and see the kernel's log for whom it killed"
+            .into(),
+    )
 }
 
 async fn listen(

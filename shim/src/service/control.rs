@@ -1,6 +1,7 @@
 //! Kill, Pause, Resume, Update, ResizePty, CloseIO, Checkpoint.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use casemate_cgroup::{Cgroup, CgroupError};
 use containerd_shim_protos::api::{
@@ -15,6 +16,12 @@ use crate::pod::Pod;
 use crate::pod::process::finished;
 use crate::pod::state::Phase;
 use crate::pod::task::{KILLED, Task};
+
+/// Between the answer to Kill and the end of the pod's sandbox container. By that end CRI
+/// deletes it, shuts us down and closes the connection, and a client that hasn't looked at
+/// the answer by then takes either for it (ttrpc's `dispatch`): StopPodSandbox fails with
+/// "ttrpc: closed". A process that is killed takes its time to end, too.
+const ANSWER_FIRST: Duration = Duration::from_millis(20);
 
 /// The highest signal there is (signal(7)).
 const SIGNAL_MAX: i32 = 64;
@@ -42,7 +49,12 @@ pub fn kill(pod: &Pod, request: &KillRequest) -> Result<Empty, ShimError> {
         Phase::Created | Phase::Opening | Phase::Starting | Phase::Running => {}
     }
     let Some(container) = task.container() else {
-        kill_pause(&task, signal);
+        // The polite ones end it with 0, as they do the pause binary.
+        match signal {
+            libc::SIGKILL => end_pause(task, KILLED),
+            libc::SIGTERM | libc::SIGINT => end_pause(task, 0),
+            _ => {}
+        }
         return Ok(Empty::new());
     };
     if request.all && request.exec_id.is_empty() {
@@ -64,13 +76,12 @@ pub fn kill(pod: &Pod, request: &KillRequest) -> Result<Empty, ShimError> {
     Ok(Empty::new())
 }
 
-/// As the pause binary takes signals: the polite ones end it with 0.
-fn kill_pause(task: &Task, signal: i32) {
-    match signal {
-        libc::SIGKILL => task.end_pause(KILLED),
-        libc::SIGTERM | libc::SIGINT => task.end_pause(0),
-        _ => {}
-    }
+/// Ends the stand-in for pause, a moment after the answer.
+fn end_pause(task: Arc<Task>, status: u32) {
+    tokio::spawn(async move {
+        tokio::time::sleep(ANSWER_FIRST).await;
+        task.end_pause(status);
+    });
 }
 
 /// Freezes a running container.

@@ -1,22 +1,29 @@
 //! Errors that a client really gets: the code that containerd acts upon, and one
 //! line that says what, of what, and why.
 
+use casemate_spec::{FAILURES, RULES};
+use casemate_tests::World;
 use casemate_tests::bundle::Task;
+use casemate_tests::image::catalog;
 use casemate_tests::pod::insiders;
 use casemate_tests::procs;
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, fail};
+use casemate_tests::world::RUNTIME;
 use casemate_tests::{ensure, ensure_eq};
 use containerd_shim_protos::api::{CheckpointTaskRequest, Empty, ExecProcessRequest};
 use rustix::process::Signal;
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::common::casemate_only;
+use crate::common::{LONG, casemate_only};
 use crate::hostile::one_line;
 
-crate::trials![errors_have_their_code_and_one_line];
+crate::trials![
+    errors_have_their_code_and_one_line,
+    errors_of_containerd_are_in_the_catalogue,
+];
 
 /// Fails unless the call failed with that code, in one line that has all `parts`.
 fn is<T>(result: casemate_tests::Result<T>, code: Code, parts: &[&str]) -> Outcome {
@@ -147,4 +154,119 @@ fn errors_have_their_code_and_one_line() -> Outcome {
         &["already finished"],
     )?;
     Ok(task.finish()?)
+}
+
+/// What `ctr run` with these flags is told, in one line that docs/refusals.md has, and
+/// that names `parts`.
+fn told(n: usize, flags: &[&str], words: &[&str], parts: &[&str]) -> Outcome {
+    let id = World::get()?.id(&format!("catalogue{n}"));
+    let said = crate::daemon::ctr()?.run_task(RUNTIME, flags, catalog::BASE, &id, words, LONG)?;
+    ensure!(said.code() != 0, "{flags:?} {words:?} is no error");
+    let text = said.err();
+    let line = one_line(text.trim())?;
+    let rule = RULES.iter().find(|rule| line.contains(rule.what));
+    match (rule, FAILURES.iter().any(|row| line.contains(row.words))) {
+        (Some(rule), _) => ensure!(line.contains(rule.way_out), "no way out in {line}"),
+        (None, true) => {}
+        (None, false) => return fail(format!("not in the catalogue: {line}")),
+    }
+    for part in parts {
+        ensure!(line.contains(part), "{line:?} lacks {part:?}");
+    }
+    Ok(())
+}
+
+fn errors_of_containerd_are_in_the_catalogue() -> Outcome {
+    casemate_only()?;
+    let _up = crate::daemon::hold()?;
+    let mount = |text: &'static str| vec!["--mount", text];
+    let asked: &[(Vec<&str>, &[&str], &[&str])] = &[
+        (
+            vec!["--privileged"],
+            &["true"],
+            &["securityContext.privileged"],
+        ),
+        (
+            vec!["--net-host"],
+            &["true"],
+            &["linux.namespaces", "hostNetwork"],
+        ),
+        (
+            vec!["--cap-add", "CAP_NET_ADMIN"],
+            &["true"],
+            &["CAP_NET_ADMIN", "process.capabilities"],
+        ),
+        (
+            vec!["--device", "/dev/fuse"],
+            &["true"],
+            &["/dev/fuse", "linux.devices[0]"],
+        ),
+        (
+            vec!["--annotation", "casemate.io/proflie=strict"],
+            &["true"],
+            &["casemate.io/proflie"],
+        ),
+        (
+            vec!["--annotation", "casemate.io/egress=10.0.0.0"],
+            &["true"],
+            &["10.0.0.0", "egress"],
+        ),
+        (
+            vec!["--annotation", "casemate.io/profile=compat"],
+            &["true"],
+            &["compat", "profile"],
+        ),
+        (
+            vec!["--apparmor-profile", "none-such"],
+            &["true"],
+            &["none-such", "process.apparmorProfile"],
+        ),
+        (
+            vec!["--rootfs-propagation", "rshared"],
+            &["true"],
+            &["rshared", "linux.rootfsPropagation"],
+        ),
+        (
+            vec!["--with-ns", "pid:/proc/1/ns/pid"],
+            &["true"],
+            &["/proc/1/ns/pid", "type=pid"],
+        ),
+        (
+            vec!["--cwd", "relative"],
+            &["true"],
+            &["relative", "process.cwd"],
+        ),
+        (
+            vec!["--memory-limit", "1"],
+            &["true"],
+            &["linux.resources.memory.limit"],
+        ),
+        (
+            mount("type=bind,src=/etc,dst=/mnt,options=rbind"),
+            &["true"],
+            &["/etc", "].source"],
+        ),
+        (
+            mount("type=bind,src=/no/such,dst=/mnt,options=rbind"),
+            &["true"],
+            &["/no/such", "/mnt"],
+        ),
+        (
+            mount("type=ext4,src=/dev/vda,dst=/mnt"),
+            &["true"],
+            &["ext4", "].type"],
+        ),
+        (
+            mount("type=tmpfs,src=x,dst=/proc/x"),
+            &["true"],
+            &["/proc/x", "].destination"],
+        ),
+        (Vec::new(), &["no-such-program"], &["no-such-program"]),
+        (Vec::new(), &["/no/such/program"], &["/no/such/program"]),
+        (Vec::new(), &["/etc/passwd"], &["/etc/passwd"]),
+    ];
+    for (n, (flags, words, parts)) in asked.iter().enumerate() {
+        told(n, flags, words, parts)?;
+    }
+    Ok(())
 }

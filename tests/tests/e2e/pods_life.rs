@@ -10,6 +10,7 @@ use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::{ensure, ensure_eq, leaks, procs};
+use containerd_shim_protos::api::Status;
 use serde_json::json;
 use ttrpc::Code;
 
@@ -28,6 +29,7 @@ crate::trials![
     pod_init_containers_sidecar_and_restarts,
     pod_a_container_after_an_oom_kill,
     pod_pause_behaves_as_a_task,
+    pod_pause_ends_after_the_answer,
 ];
 
 const SLEEP: [&str; 2] = ["/bin/probe", "sleep"];
@@ -408,4 +410,27 @@ fn pod_pause_behaves_as_a_task() -> Outcome {
     );
     expect_code("Kill", rpc.kill(&pause.id, 9, false), Code::NOT_FOUND)?;
     Ok(pod.finish()?)
+}
+
+/// CRI takes the pod away when it is told of that end, with the connection that Kill's
+/// answer comes by.
+fn pod_pause_ends_after_the_answer() -> Outcome {
+    crate::common::casemate_only()?;
+    let mut first = 0;
+    for signal in [9, 15, 9, 15, 9] {
+        let pod = Pod::start("answerfirst")?;
+        let rpc = pod.pause.rpc()?;
+        rpc.kill(&pod.pause.id, signal, false)?;
+        first += u32::from(rpc.state(&pod.pause.id)?.status == Status::RUNNING.into());
+        let status = rpc.wait(&pod.pause.id, SHORT)?.exit_status;
+        ensure_eq!(
+            status,
+            if signal == 9 { 137 } else { 0 },
+            "status after {signal}"
+        );
+        pod.finish()?;
+    }
+    // On a busy machine not each time.
+    ensure!(first > 0, "the end came with the answer, each time");
+    Ok(())
 }
