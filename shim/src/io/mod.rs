@@ -10,7 +10,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::pipe::PipeFlags;
@@ -287,25 +287,33 @@ impl Streams {
         })
     }
 
-    /// Waits until what has been written was read from the fifos, at most `limit`.
-    pub async fn read_out(&self, limit: Duration) {
+    /// Waits until what has been written was read from the fifos: as long as somebody
+    /// reads, but at most `limit`, and for the next byte to be read at most `stalled`.
+    pub async fn read_out(&self, stalled: Duration, limit: Duration) {
         let unread = |end: &Weak<AsyncFd<OwnedFd>>| {
-            let count = |end: Arc<AsyncFd<OwnedFd>>| rustix::io::ioctl_fionread(&*end);
+            let count = |end: Arc<AsyncFd<OwnedFd>>| rustix::io::ioctl_fionread(&*end).ok();
             // One that is closed has nothing.
-            end.upgrade()
-                .map(count)
-                .is_some_and(|n| n.is_ok_and(|n| n > 0))
+            end.upgrade().and_then(count).unwrap_or(0)
         };
         let ways = lock(&self.ways).clone();
         // In the order that bytes go, so that none can pass by between two looks.
-        let left = || ways.iter().flatten().any(unread);
-        let read = async {
-            while left() {
-                tokio::time::sleep(LOOK).await;
+        let left = || -> Vec<u64> { ways.iter().flatten().map(unread).collect() };
+        let until = Instant::now() + limit;
+        let (mut before, mut moved) = (Vec::new(), Instant::now());
+        loop {
+            let now = Instant::now();
+            let left = left();
+            if left.iter().all(|n| *n == 0) || now >= until {
+                return;
             }
-        };
-        // Whoever reads later than that has had its time.
-        let _late = tokio::time::timeout(limit, read).await;
+            if left != before {
+                (before, moved) = (left, now);
+            } else if now >= moved + stalled {
+                // Whoever reads later than that has had its time.
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Waits until all output has been handed on, at most `limit`, then ends

@@ -61,14 +61,16 @@ fn status(phase: Phase, paused: bool) -> Status {
 /// For whoever reads output to have read it, before it is told of the end: containerd's
 /// client closes its ends of the fifos when it deletes a task, with what is in them
 /// (containerd pull requests 8643 and 8334 changed when, not that it does).
-const READ_WITHIN: Duration = Duration::from_millis(500);
+const READ_WITHIN: Duration = Duration::from_secs(5);
+/// And to read at all.
+const STALLED: Duration = Duration::from_millis(500);
 
 /// Answers when the process has ended, for as long as its record lives.
 pub async fn wait(pod: &Pod, request: &WaitRequest) -> Result<WaitResponse, ShimError> {
     let process = pod.task(&request.id)?.process(&request.exec_id)?;
     let exited = process.wait().await;
     if let Some(streams) = process.streams() {
-        streams.read_out(READ_WITHIN).await;
+        streams.read_out(STALLED, READ_WITHIN).await;
     }
     Ok(WaitResponse {
         exit_status: exited.status,

@@ -1,6 +1,8 @@
 //! Through a real containerd and `ctr`: 1, 31, 41, 109, 110, 113, and bad input.
 
 use std::fs;
+use std::io::Read;
+use std::process::Stdio;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
@@ -19,6 +21,7 @@ crate::trials![
     c113_nothing_is_left,
     ctr_exec_follows_the_rules,
     ctr_stdin_reaches_the_container,
+    ctr_output_waits_for_a_slow_reader,
     ctr_missing_program,
     ctr_bad_cwd,
     ctr_hostile_links,
@@ -295,5 +298,48 @@ fn ctr_hostile_passwd() -> Outcome {
         )?
         .ok()?;
     ensure_eq!(output.out(), "0 16777216\n", "owner and size inside");
+    expect_clean(&id)
+}
+
+/// ctr closes its ends of the fifos when it is told of the end, with what is in them.
+fn ctr_output_waits_for_a_slow_reader() -> Outcome {
+    crate::common::casemate_only()?;
+    let _hold = hold()?;
+    let (world, ctr) = (World::get()?, ctr()?);
+    let id = world.id("slowreader");
+    let words = [
+        "run",
+        "--rm",
+        "--runtime",
+        world.runtime(),
+        catalog::BASE,
+        &id,
+        "seq",
+        "20000",
+    ];
+    let mut child = ctr
+        .command(&words)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let mut text = Vec::new();
+    let mut part = [0; 4096];
+    // More than the pipe between ctr and us takes, and less than all pipes together: the
+    // program is over long before its output is read.
+    std::thread::sleep(Duration::from_millis(300));
+    if let Some(mut out) = child.stdout.take() {
+        loop {
+            match out.read(&mut part)? {
+                0 => break,
+                n => text.extend_from_slice(&part[..n]),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "{status}");
+    let lines = String::from_utf8_lossy(&text).lines().count();
+    ensure_eq!(lines, 20_000, "lines");
     expect_clean(&id)
 }
