@@ -1,7 +1,8 @@
 #!/bin/sh
-# Builds what the tests of runtimeclass/, of the node's labels and of a whole cluster
-# need: a real API server with etcd, kubectl, helm, controllers, scheduler and kubelet,
-# and promtool, from their Go modules, into a directory of their own. Nothing is installed or started:
+# Builds what the tests of runtimeclass/, of the node's labels and of whole clusters need:
+# a real API server with etcd, kubectl, helm, controllers, scheduler, kubelet, kubeadm and
+# promtool, from their Go modules, into a directory of their own. Nothing is installed or
+# started:
 # the tests do that, on ports or in a network of their own.
 #
 #   scripts/apiserver.sh [PREFIX]      (default: target/kube)
@@ -22,7 +23,7 @@ prometheus=v0.316.0
 
 lacks() { [ ! -x "$prefix/$1" ]; }
 complete() {
-    for program in etcd kube-apiserver kubectl kube-controller-manager kube-scheduler kubelet helm promtool; do
+    for program in etcd kube-apiserver kubectl kube-controller-manager kube-scheduler kubelet kubeadm helm promtool; do
         ! lacks "$program" || return 1
     done
 }
@@ -78,6 +79,7 @@ if staging 2>"$prefix/go.log" &&
     make kubelet k8s.io/kubernetes/cmd/kubelet &&
     make kube-controller-manager k8s.io/kubernetes/cmd/kube-controller-manager &&
     make kube-scheduler k8s.io/kubernetes/cmd/kube-scheduler &&
+    make kubeadm k8s.io/kubernetes/cmd/kubeadm &&
     install helm "helm.sh/helm/v3/cmd/helm@$helm" &&
     install promtool "github.com/prometheus/prometheus/cmd/promtool@$prometheus"; then
     rm -rf "$build"

@@ -317,15 +317,30 @@ impl Installation<'_> {
         }
     }
 
+    /// What an upgrade that failed has left, and the way out.
+    fn older(&self, version: &str) -> String {
+        let way = match self.labelling {
+            Some(_) => {
+                "mend that, or go back to its image: kubectl -n casemate-system rollout undo \
+                 daemonset/casemate-installer"
+            }
+            None => "mend that, or stay with it",
+        };
+        format!(": new pods get {version}, as before; {way}")
+    }
+
     fn files_back(&self, journal: Journal, error: RunError) -> RunError {
+        let before = journal.record().ok().flatten().map(|record| record.version);
         if let Err(second) = journal.back() {
             return RunError::Refused(format!(
                 "{error}; and the node can't be put back: {second}; mend that, then run casemate \
                  uninstall"
             ));
         }
+        let older = before.filter(|version| *version != self.payload.name);
+        let older = older.map_or(String::new(), |version| self.older(&version));
         if !self.restarted {
-            return RunError::Refused(format!("{error}; the node is as it was"));
+            return RunError::Refused(format!("{error}; the node is as it was{older}"));
         }
         let limit = Duration::from_secs(self.options.restarting.timeout);
         let again = match containerd::restart(&self.options.restarting, self.layout) {
@@ -337,7 +352,7 @@ impl Installation<'_> {
         };
         match again {
             Ok(()) => RunError::Refused(format!(
-                "{error}; the node is as it was, and containerd runs"
+                "{error}; the node is as it was, and containerd runs{older}"
             )),
             Err(_) => RunError::Refused(format!(
                 "{error}; its configuration is as it was, and it doesn't run with that either: \

@@ -1,7 +1,7 @@
 //! The DaemonSet of `runtimeclass/` as it comes: the kubelet runs it, it installs on the
 //! node that it finds, restarts its containerd, proves and labels; and the way back.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -13,6 +13,8 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::kube::{Class, Cluster, SLOW, alone, cluster, last, steady};
+use crate::node::Node;
+use crate::nodes::named;
 
 crate::cluster_trials![
     pods_wait_until_the_installer_is_done,
@@ -28,18 +30,25 @@ pub fn last_trials() -> Vec<Trial> {
     )]
 }
 
-const SYSTEM: &str = "casemate-system";
+pub const SYSTEM: &str = "casemate-system";
 
-/// The node's /etc, /opt and /usr/local, before anybody installed there.
-static BEFORE: Mutex<Option<BTreeSet<String>>> = Mutex::new(None);
+/// Each node's /etc, /opt and /usr/local, before anybody installed there.
+static BEFORE: Mutex<BTreeMap<String, BTreeSet<String>>> = Mutex::new(BTreeMap::new());
+
+/// Keeps what is there of a node that nobody has installed on.
+pub fn keep(node: &Node) -> Outcome {
+    let mut before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner);
+    before.insert(node.host.clone(), tree(node)?);
+    Ok(())
+}
 
 /// What is on the node that an installer could have changed.
-fn tree(cluster: &Cluster) -> Result<BTreeSet<String>, Stop> {
+pub fn tree(node: &Node) -> Result<BTreeSet<String>, Stop> {
     // Of what others have in /usr/local, names do.
     let script = "find /etc /opt /var/lib/casemate -path /opt/cni -prune -o -type f \
                   -exec sha256sum {} + 2>/dev/null; \
                   find /opt /usr/local -path /opt/cni -prune -o -printf '%y %p %l\\n'";
-    let said = cluster.node.must(&["sh", "-c", script])?;
+    let said = node.must(&["sh", "-c", script])?;
     // The lock stays, as files that are locked have to.
     let lines = said.lines().filter(|line| !line.contains("install/lock"));
     Ok(lines.map(str::to_owned).collect())
@@ -65,7 +74,7 @@ pub fn installed() -> Result<std::sync::Arc<Cluster>, Stop> {
     installed.map(|()| cluster)
 }
 
-const FIRST: &str = "
+pub const FIRST: &str = "
 apiVersion: v1
 kind: Pod
 metadata: {name: first}
@@ -76,35 +85,46 @@ spec:
   - {name: c, image: IMAGE, command: [sleep, infinity]}
 ";
 
-fn label(cluster: &Cluster) -> Result<Value, Stop> {
-    let node = cluster.object("", "node", "node1")?;
+/// The label of a node that says that casemate holds there.
+pub fn label(cluster: &Cluster, node: &str) -> Result<Value, Stop> {
+    let node = cluster.object("", "node", node)?;
     Ok(node["metadata"]["labels"]["casemate.io/ready"].clone())
 }
 
+/// Waits until it is `true`.
+pub fn labelled(cluster: &Cluster, node: &str) -> Outcome {
+    until("the node's label", SLOW, || {
+        label(cluster, node).is_ok_and(|label| label == "true")
+    })
+    .map_err(|e| Stop::Fail(format!("{e}: {}", told(cluster))))?;
+    Ok(())
+}
+
+/// Waits until it is said that no node is right for a pod.
+pub fn unschedulable(cluster: &Cluster, name: &str) -> Outcome {
+    let pod = cluster.pod(Class::Casemate, name, "unschedulable", |pod| {
+        let all = pod["status"]["conditions"].as_array();
+        all.is_some_and(|all| all.iter().any(|c| c["reason"] == "Unschedulable"))
+    });
+    pod.map(drop)
+}
+
 fn install(cluster: &Cluster) -> Outcome {
-    let before = tree(cluster)?;
-    *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(before);
+    keep(&cluster.node)?;
     ensure_eq!(cluster.node.starts("containerd"), 1, "starts of containerd");
     for part in ["namespace", "classes"] {
         let dir = format!("runtimeclass/{part}");
         cluster.must(&["apply", "--server-side", "-k", &dir], "")?;
     }
     cluster.apply(Class::Casemate, FIRST)?;
-    cluster.pod(Class::Casemate, "first", "unschedulable", |pod| {
-        let all = pod["status"]["conditions"].as_array();
-        all.is_some_and(|all| all.iter().any(|c| c["reason"] == "Unschedulable"))
-    })?;
+    unschedulable(cluster, "first")?;
     // The rest of it: installer, policies, default class.
     cluster.must(&["apply", "--server-side", "-k", "runtimeclass"], "")?;
-    until("the node's label", SLOW, || {
-        label(cluster).is_ok_and(|label| label == "true")
-    })
-    .map_err(|e| Stop::Fail(format!("{e}: {}", told(cluster))))?;
-    Ok(())
+    labelled(cluster, "node1")
 }
 
 /// What the installer has said, and what is said of it.
-fn told(cluster: &Cluster) -> String {
+pub fn told(cluster: &Cluster) -> String {
     let said = |args: &[&str]| {
         let args = [&["-n", SYSTEM][..], args].concat();
         let said = cluster.kubectl(&args);
@@ -154,7 +174,7 @@ fn pod(cluster: &Cluster) -> Result<String, Stop> {
     cluster.must(&args, "")
 }
 
-fn rolled_out(cluster: &Cluster) -> Outcome {
+pub fn rolled_out(cluster: &Cluster) -> Outcome {
     let args = [
         "-n",
         SYSTEM,
@@ -190,12 +210,8 @@ fn installer_serves_metrics() -> Outcome {
     cluster.delete(Class::Casemate, "counted")
 }
 
-/// A new pod of the DaemonSet, as after an upgrade to the same.
-fn installer_again_changes_nothing() -> Outcome {
-    let cluster = installed()?;
-    let _alone = alone();
-    rolled_out(&cluster)?;
-    let (starts, before) = (cluster.node.starts("containerd"), tree(&cluster)?);
+/// Has the DaemonSet make its pods anew.
+pub fn restart(cluster: &Cluster) -> Outcome {
     let args = [
         "-n",
         SYSTEM,
@@ -204,31 +220,40 @@ fn installer_again_changes_nothing() -> Outcome {
         "daemonset/casemate-installer",
     ];
     cluster.must(&args, "")?;
+    rolled_out(cluster)
+}
+
+/// A new pod of the DaemonSet, as after an upgrade to the same.
+fn installer_again_changes_nothing() -> Outcome {
+    let cluster = installed()?;
+    let _alone = alone();
     rolled_out(&cluster)?;
+    let (starts, before) = (cluster.node.starts("containerd"), tree(&cluster.node)?);
+    restart(&cluster)?;
     ensure_eq!(
         cluster.node.starts("containerd"),
         starts,
         "starts of containerd"
     );
-    same(&before, &tree(&cluster)?)?;
-    ensure_eq!(label(&cluster)?, "true", "the label");
+    same(&before, &tree(&cluster.node)?)?;
+    ensure_eq!(label(&cluster, "node1")?, "true", "the label");
     Ok(())
 }
 
-fn same(before: &BTreeSet<String>, after: &BTreeSet<String>) -> Outcome {
+pub fn same(before: &BTreeSet<String>, after: &BTreeSet<String>) -> Outcome {
     let differ: Vec<&String> = before.symmetric_difference(after).collect();
     ensure!(differ.is_empty(), "not as it was: {differ:?}");
     Ok(())
 }
 
 /// As `runtimeclass/job/uninstall.yaml` says in its head.
-fn job(cluster: &Cluster, end: &str) -> Result<String, Stop> {
+fn job(cluster: &Cluster, node: &str, end: &str) -> Result<String, Stop> {
     let path = crate::kube::here().join(Path::new("runtimeclass/job/uninstall.yaml"));
-    let text = fs::read_to_string(path)?.replace("NODE", "node1");
+    let text = fs::read_to_string(path)?.replace("NODE", node);
     cluster.must(&["apply", "--server-side", "-f", "-"], &text)?;
-    let name = "casemate-uninstall-node1";
+    let name = format!("casemate-uninstall-{node}");
     until("the job's end", SLOW, || {
-        let job = cluster.object(SYSTEM, "job", name).unwrap_or_default();
+        let job = cluster.object(SYSTEM, "job", &name).unwrap_or_default();
         let all = job["status"]["conditions"].as_array();
         all.is_some_and(|all| {
             all.iter()
@@ -245,56 +270,71 @@ fn job(cluster: &Cluster, end: &str) -> Result<String, Stop> {
 fn uninstall() -> Outcome {
     let cluster = installed()?;
     let _alone = alone();
-    let text = FIRST.replace("first", "stays");
-    cluster.apply(Class::Casemate, &text)?;
-    cluster.ready(Class::Casemate, "stays")?;
-    let args = [
-        "-n",
-        SYSTEM,
-        "delete",
-        "daemonset",
-        "casemate-installer",
-        "--wait",
-    ];
-    cluster.must(&args, "")?;
-    let unlabel = [
-        "label",
-        "node",
-        "node1",
-        "casemate.io/ready-",
-        "casemate.io/compat-",
-    ];
-    cluster.must(&unlabel, "")?;
-    // Not while somebody's sandbox runs.
-    let said = job(&cluster, "Failed")?;
-    ensure!(said.contains("run"), "it doesn't say who runs: {said}");
-    cluster.exec_ok(Class::Casemate, "stays", "true")?;
+    let second = cluster
+        .second
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    let nodes: Vec<&Node> = [Some(&cluster.node), second.as_deref()]
+        .into_iter()
+        .flatten()
+        .collect();
+    let pods: Vec<String> = nodes.iter().map(|n| format!("stays-{}", n.host)).collect();
+    for (node, pod) in nodes.iter().zip(&pods) {
+        cluster.apply(Class::Casemate, &named(pod, Some(&node.host)))?;
+    }
+    for pod in &pods {
+        cluster.ready(Class::Casemate, pod)?;
+    }
+    let delete = ["-n", SYSTEM, "delete", "daemonset", "casemate-installer"];
+    cluster.must(&[&delete[..], &["--wait"]].concat(), "")?;
+    // Without it the pods go on, and others come: they are as safe as before.
+    let late = "late-node1";
+    cluster.apply(Class::Casemate, &named(late, Some("node1")))?;
+    cluster.ready(Class::Casemate, late)?;
+    for pod in &pods {
+        cluster.exec_ok(Class::Casemate, pod, "true")?;
+    }
+    for node in &nodes {
+        let labels = ["casemate.io/ready-", "casemate.io/compat-"];
+        let unlabel = [&["label", "node", node.host.as_str()], &labels[..]].concat();
+        cluster.must(&unlabel, "")?;
+        // Not while somebody's sandbox runs; what it says is one line.
+        let said = job(&cluster, &node.host, "Failed")?;
+        ensure!(
+            said.lines().count() == 1
+                && said.starts_with("casemate: check: ")
+                && said.contains("sandboxes run (process ")
+                && said.contains("end their pods"),
+            "the job says: {said}"
+        );
+    }
+    for pod in &pods {
+        cluster.exec_ok(Class::Casemate, pod, "true")?;
+    }
     let args = ["-n", "casemate", "delete", "pods", "--all", "--wait"];
     cluster.must(&args, "")?;
-    // A pod without a grace period is gone from the API before it is from the node.
-    until("the node's last sandbox to end", SLOW, || {
-        let said = cluster.node.must(&["casemate", "ps"]);
-        said.is_ok_and(|said| !said.contains("k8s.io"))
-    })?;
-    let starts = cluster.node.starts("containerd");
-    job(&cluster, "Complete")?;
-    ensure_eq!(
-        cluster.node.starts("containerd"),
-        starts + 1,
-        "starts of containerd"
-    );
-    let before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner);
-    same(
-        before.as_ref().unwrap_or(&BTreeSet::new()),
-        &tree(&cluster)?,
-    )?;
+    for node in &nodes {
+        // A pod without a grace period is gone from the API before it is from the node.
+        until("the node's last sandbox to end", SLOW, || {
+            let said = node.must(&["casemate", "ps"]);
+            said.is_ok_and(|said| !said.contains("k8s.io"))
+        })?;
+        let starts = node.starts("containerd");
+        job(&cluster, &node.host, "Complete")?;
+        ensure_eq!(
+            node.starts("containerd"),
+            starts + 1,
+            "starts of containerd"
+        );
+        let before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = before.get(&node.host).cloned().unwrap_or_default();
+        same(&before, &tree(node)?)?;
+    }
     // Pods of the class wait again; others run.
     let text = FIRST.replace("first", "late");
     cluster.apply(Class::Casemate, &text)?;
-    cluster.pod(Class::Casemate, "late", "unschedulable", |pod| {
-        let all = pod["status"]["conditions"].as_array();
-        all.is_some_and(|all| all.iter().any(|c| c["reason"] == "Unschedulable"))
-    })?;
+    unschedulable(&cluster, "late")?;
     cluster.apply(Class::Runc, &text)?;
     cluster.ready(Class::Runc, "late")?;
     Ok(())

@@ -31,7 +31,7 @@ pub fn here() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-fn programs() -> PathBuf {
+pub fn programs() -> PathBuf {
     std::env::var_os(KUBE_VARIABLE).map_or_else(|| here().join("target/kube"), PathBuf::from)
 }
 
@@ -68,6 +68,8 @@ pub struct Cluster {
     pub registry: Registry,
     pub generation: Generation,
     dir: tempfile::TempDir,
+    /// Another node, if there is one already.
+    pub second: Mutex<Option<Arc<Node>>>,
 }
 
 static CLUSTER: Mutex<Option<Result<Arc<Cluster>, String>>> = Mutex::new(None);
@@ -102,14 +104,18 @@ pub fn close() {
         && !dir.is_empty()
     {
         // What its services have said, for whoever looks for a reason.
-        let _ = fs::create_dir_all(&dir);
-        for entry in fs::read_dir(cluster.node.path("/var/log"))
-            .into_iter()
-            .flatten()
-        {
-            let path = entry.map(|entry| entry.path()).unwrap_or_default();
-            let name = path.file_name().unwrap_or_default();
-            let _ = fs::copy(&path, Path::new(&dir).join(name));
+        let second = cluster
+            .second
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for node in second.iter().map(|node| &**node).chain([&cluster.node]) {
+            let to = Path::new(&dir).join(&node.host);
+            let _ = fs::create_dir_all(&to);
+            for entry in fs::read_dir(node.path("/var/log")).into_iter().flatten() {
+                let path = entry.map(|entry| entry.path()).unwrap_or_default();
+                let name = path.file_name().unwrap_or_default();
+                let _ = fs::copy(&path, to.join(name));
+            }
         }
     }
 }
@@ -127,59 +133,68 @@ pub fn alone() -> RwLockWriteGuard<'static, ()> {
     SERVICES.write().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The containerd to take; skips where something is missing that clusters are made of.
+pub fn prepared() -> Result<Generation, Stop> {
+    let kube = programs();
+    for program in [
+        "etcd",
+        "kube-apiserver",
+        "kube-controller-manager",
+        "kube-scheduler",
+        "kubelet",
+        "kubectl",
+    ] {
+        if !kube.join(program).exists() {
+            let place = kube.display();
+            return skip(format!(
+                "no {program} in {place}: scripts/apiserver.sh builds it"
+            ));
+        }
+    }
+    if !rustix::process::geteuid().is_root() {
+        return skip("needs root");
+    }
+    if !Path::new("/sys/fs/cgroup/memory").is_dir() {
+        return skip("the node's cgroups are made for version 1, which isn't here");
+    }
+    let wanted = std::env::var(CONTAINERD_VARIABLE).unwrap_or_else(|_| "2.1".to_owned());
+    let generation = Generation::ALL.into_iter().find(|g| g.version() == wanted);
+    let Some(generation) = generation else {
+        return fail(format!(
+            "{CONTAINERD_VARIABLE}: no containerd {wanted} in the test bed"
+        ));
+    };
+    let with_kubernetes = run(
+        Command::new(world::binaries().join("casemate")).args([
+            "install",
+            "--node",
+            "n",
+            "--kubeconfig",
+            "/nowhere",
+        ]),
+        &[],
+        LIMIT,
+    )?;
+    if with_kubernetes.err().contains("built without Kubernetes") {
+        return skip("casemate was built without its feature kubernetes: make cluster-test");
+    }
+    Ok(generation)
+}
+
 impl Cluster {
     fn start() -> Result<Self, Stop> {
+        let generation = prepared()?;
         let kube = programs();
-        for program in [
-            "etcd",
-            "kube-apiserver",
-            "kube-controller-manager",
-            "kube-scheduler",
-            "kubelet",
-            "kubectl",
-        ] {
-            if !kube.join(program).exists() {
-                let place = kube.display();
-                return skip(format!(
-                    "no {program} in {place}: scripts/apiserver.sh builds it"
-                ));
-            }
-        }
-        if !rustix::process::geteuid().is_root() {
-            return skip("needs root");
-        }
-        if !Path::new("/sys/fs/cgroup/memory").is_dir() {
-            return skip("the node's cgroups are made for version 1, which isn't here");
-        }
-        let wanted = std::env::var(CONTAINERD_VARIABLE).unwrap_or_else(|_| "2.1".to_owned());
-        let generation = Generation::ALL.into_iter().find(|g| g.version() == wanted);
-        let Some(generation) = generation else {
-            return fail(format!(
-                "{CONTAINERD_VARIABLE}: no containerd {wanted} in the test bed"
-            ));
-        };
-        let with_kubernetes = run(
-            Command::new(world::binaries().join("casemate")).args([
-                "install",
-                "--node",
-                "n",
-                "--kubeconfig",
-                "/nowhere",
-            ]),
-            &[],
-            LIMIT,
-        )?;
-        if with_kubernetes.err().contains("built without Kubernetes") {
-            return skip("casemate was built without its feature kubernetes: make cluster-test");
-        }
         let dir = tempfile::tempdir()?;
-        let node = Node::start(generation, &kube, |at| fill(at, generation))?;
-        let registry = Registry::serve(node.netns.path())?;
+        let node = Node::start(1, generation, &kube, |at| fill(at, generation, 1))?;
+        let registry = Registry::default();
+        registry.serve(node.netns.path())?;
         let cluster = Self {
             node,
             registry,
             generation,
             dir,
+            second: Mutex::default(),
         };
         cluster.push_images()?;
         cluster.up()?;
@@ -215,17 +230,7 @@ impl Cluster {
         for service in ["kube-controller-manager", "kube-scheduler", "kubelet"] {
             self.node.systemctl("start", service)?;
         }
-        let ready = [
-            "get",
-            "node",
-            "node1",
-            "-o",
-            "jsonpath={.status.conditions[?(@.type=='Ready')].status}",
-        ];
-        until("the node to be ready", SLOW, || {
-            self.kubectl(&ready).is_ok_and(|said| said.out() == "True")
-        })
-        .map_err(|e| Stop::Fail(format!("{e}: {}", last(&self.node.log("kubelet")))))?;
+        self.node_ready(&self.node)?;
         for class in Class::BOTH {
             self.must(&["create", "namespace", class.namespace()], "")?;
             // Made by a controller a moment later.
@@ -234,6 +239,17 @@ impl Cluster {
                 self.kubectl(&args).is_ok_and(|said| said.code() == 0)
             })?;
         }
+        Ok(())
+    }
+
+    /// Waits until a node whose kubelet runs is ready.
+    pub fn node_ready(&self, node: &Node) -> Outcome {
+        let status = "jsonpath={.status.conditions[?(@.type=='Ready')].status}";
+        let ready = ["get", "node", &node.host, "-o", status];
+        until("the node to be ready", SLOW, || {
+            self.kubectl(&ready).is_ok_and(|said| said.out() == "True")
+        })
+        .map_err(|e| Stop::Fail(format!("{e}: {}", last(&node.log("kubelet")))))?;
         Ok(())
     }
 
@@ -315,13 +331,7 @@ impl Cluster {
 
     /// Waits until all containers of a pod are ready.
     pub fn ready(&self, class: Class, name: &str) -> Result<Value, Stop> {
-        self.pod(class, name, "ready", |pod| {
-            let all = pod["status"]["conditions"].as_array();
-            all.is_some_and(|all| {
-                all.iter()
-                    .any(|c| c["type"] == "Ready" && c["status"] == "True")
-            })
-        })
+        self.pod(class, name, "ready", is_ready)
     }
 
     /// Waits until a pod has ended; how.
@@ -362,6 +372,15 @@ impl Cluster {
         let args = ["-n", class.namespace(), "delete", "pod", name, "--wait"];
         self.must(&args, "").map(drop)
     }
+}
+
+/// Whether all containers of a pod are.
+pub fn is_ready(pod: &Value) -> bool {
+    let all = pod["status"]["conditions"].as_array();
+    all.is_some_and(|all| {
+        all.iter()
+            .any(|c| c["type"] == "Ready" && c["status"] == "True")
+    })
 }
 
 /// The state of a pod's container of that name.

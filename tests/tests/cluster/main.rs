@@ -9,13 +9,16 @@ mod examples;
 mod files;
 mod installer;
 mod kube;
+mod kubeadm;
 mod life;
 mod node;
+mod nodes;
 mod registry;
 mod resources;
 mod security;
 mod services;
 mod streams;
+mod upgrade;
 
 use std::process::ExitCode;
 
@@ -34,12 +37,18 @@ fn main() -> ExitCode {
         resources::trials(),
         examples::trials(),
     ];
-    // What takes casemate away comes when all others have ended.
-    let runs = [
-        libtest_mimic::run(&args, trials.into_iter().flatten().collect()),
-        libtest_mimic::run(&args, installer::last_trials()),
-    ];
+    // What changes nodes comes when all others have ended, one after the other.
+    let last = [nodes::trials(), upgrade::trials(), installer::last_trials()];
+    let all_together = libtest_mimic::run(&args, trials.into_iter().flatten().collect());
+    args.test_threads = Some(1);
+    let one_by_one = libtest_mimic::run(&args, last.into_iter().flatten().collect());
     kube::close();
+    // A cluster of its own.
+    let runs = [
+        all_together,
+        one_by_one,
+        libtest_mimic::run(&args, kubeadm::trials()),
+    ];
     let skipped = skip::skipped();
     for (name, reason) in &skipped {
         println!("skipped: {name}: {reason}");

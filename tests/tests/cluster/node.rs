@@ -14,13 +14,30 @@ use casemate_tests::skip::{Outcome, Stop, fail};
 /// For one command in it.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-/// The node's address, on its loopback.
-pub const ADDRESS: &str = "192.0.2.1";
-/// Of the API's service: there is no kube-proxy, so the server listens there itself.
+/// Of the API's service, on the first node: there is no kube-proxy, so the server
+/// listens there itself.
 pub const SERVICE: &str = "10.96.0.1";
+
+/// A node's address, on its loopback.
+pub fn address(number: u8) -> String {
+    format!("192.0.2.{number}")
+}
+
+/// The addresses of its pods.
+pub fn pods(number: u8) -> String {
+    format!("10.213.{}.0/24", 199 + number)
+}
+
+/// What Kubernetes calls it.
+pub fn host(number: u8) -> String {
+    format!("node{number}")
+}
 
 /// The node; it ends when this is dropped.
 pub struct Node {
+    number: u8,
+    /// What Kubernetes calls it.
+    pub host: String,
     name: String,
     pub netns: Netns,
     /// Process 1 of the node, as seen from here.
@@ -32,6 +49,7 @@ pub struct Node {
 impl Node {
     /// Makes it, without services: what is in `etc` and `units` is given by `fill`.
     pub fn start(
+        number: u8,
         generation: Generation,
         kube: &Path,
         fill: impl FnOnce(&Path) -> Outcome,
@@ -40,9 +58,11 @@ impl Node {
             return casemate_tests::skip::skip(generation.missing());
         };
         let cni = containerd.join("../../cni/bin");
-        let name = format!("casemate-cluster-{}", std::process::id());
+        let host = host(number);
+        let name = format!("casemate-cluster-{}-{number}", std::process::id());
         let netns = Netns::make(&name)?;
-        for address in [ADDRESS, SERVICE] {
+        let service = (number == 1).then(|| SERVICE.to_owned());
+        for address in [address(number)].into_iter().chain(service) {
             let address = format!("{address}/32");
             let add = ["-n", &name, "addr", "add", &address, "dev", "lo"];
             run(Command::new("ip").args(add), &[], LIMIT)?.ok()?;
@@ -58,7 +78,7 @@ impl Node {
             .arg("bash")
             .arg(&script)
             .arg(dir.path())
-            .arg(&name)
+            .args([&name, &host])
             .args([containerd.as_path(), &cni, kube])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -73,6 +93,8 @@ impl Node {
             procs::status_field(*pid, "PPid").is_some_and(|p| p == child.id().to_string())
         });
         let mut node = Self {
+            number,
+            host,
             name,
             netns,
             first: first.unwrap_or_default(),
@@ -85,6 +107,44 @@ impl Node {
             return fail(format!("the node can't be made: {}", log?));
         }
         Ok(node)
+    }
+
+    /// Its address.
+    pub fn address(&self) -> String {
+        address(self.number)
+    }
+
+    /// A wire from this one to that, and over it the ways to each other's address and
+    /// pods, and from there to the API's service.
+    pub fn join(&self, other: &Self) -> Outcome {
+        let (here, there) = (&self.name, &other.name);
+        let own = format!("to-{}", other.host);
+        let up = format!("to-{}", self.host);
+        let (a, b, others) = (self.address(), other.address(), pods(other.number));
+        let (service, pods) = (format!("{SERVICE}/32"), pods(self.number));
+        let ip = |args: &str| -> Outcome {
+            run(Command::new("ip").args(args.split(' ')), &[], LIMIT)?.ok()?;
+            Ok(())
+        };
+        ip(&format!(
+            "link add {own} netns {here} type veth peer name {up} netns {there}"
+        ))?;
+        ip(&format!("-n {here} link set {own} up"))?;
+        ip(&format!("-n {there} link set {up} up"))?;
+        ip(&format!("-n {here} route add {b}/32 dev {own} src {a}"))?;
+        ip(&format!("-n {there} route add {a}/32 dev {up} src {b}"))?;
+        ip(&format!(
+            "-n {here} route add {others} via {b} dev {own} onlink src {a}"
+        ))?;
+        for to in [&pods, &service] {
+            ip(&format!(
+                "-n {there} route add {to} via {a} dev {up} onlink src {b}"
+            ))?;
+        }
+        for node in [self, other] {
+            node.must(&["sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward"])?;
+        }
+        Ok(())
     }
 
     /// A file of the node's, as far as it isn't in memory or below /usr.
@@ -116,6 +176,15 @@ impl Node {
     /// `systemctl VERB UNIT`.
     pub fn systemctl(&self, verb: &str, unit: &str) -> Outcome {
         self.must(&["systemctl", verb, unit]).map(drop)
+    }
+
+    /// Starts containerd, and waits until it answers: it makes directories of its own.
+    pub fn containerd(&self) -> Outcome {
+        self.systemctl("start", "containerd")?;
+        until("containerd to answer", LIMIT, || {
+            self.must(&["ctr", "version"]).is_ok()
+        })?;
+        Ok(())
     }
 
     /// How often a service was started.

@@ -3,15 +3,15 @@
 # namespaces, so that programs find everything at its usual place and nothing of the
 # machine's is touched. It ends, with all that runs on it, when its standard input does.
 #
-#   node.sh DIR NAME CONTAINERD CNI KUBE    the caller is in the node's network namespace
+#   node.sh DIR NAME HOST CONTAINERD CNI KUBE    the caller is in the node's network namespace
 #
 # DIR/etc is what the node has in /etc beside the least, DIR/units a program for each
 # service; CONTAINERD, CNI and KUBE are directories of programs.
 set -eu
 
-dir=$1 name=$2 containerd=$3 cni=$4 kube=$5
+dir=$1 name=$2 host=$3 containerd=$4 cni=$5 kube=$6
 
-if [ "${6:-}" != inside ]; then
+if [ "${7:-}" != inside ]; then
     # A cgroup of its own in each hierarchy, which the node takes for the root.
     for hierarchy in /sys/fs/cgroup/*/; do
         [ -e "${hierarchy}cgroup.procs" ] || continue
@@ -27,7 +27,7 @@ if [ "${6:-}" != inside ]; then
         "$BASH" "$0" "$@" inside
 fi
 
-hostname node1
+hostname "$host"
 mount --make-rprivate /
 root=$dir/root
 mkdir -p "$root" "$dir/usr" "$dir/usr-work"
@@ -35,6 +35,7 @@ mount --bind "$root" "$root"
 cd "$root"
 mkdir -p usr etc var/lib var/log var/tmp opt/cni/bin run tmp proc sys dev root srv/units srv/kube old
 chmod 1777 tmp var/tmp
+ln -s /run var/run
 mount -t overlay -o "lowerdir=/usr,upperdir=$dir/usr,workdir=$dir/usr-work" node usr
 for link in bin sbin lib lib64; do
     [ ! -h "/$link" ] || cp -a "/$link" .
@@ -73,6 +74,11 @@ mount --make-rshared /
 # that a service never runs in the namespaces and cgroups of who asked.
 cat >/usr/bin/systemctl <<'ASK'
 #!/bin/sh
+case $1 in
+    # What kubeadm does besides, and asks of firewalld.
+    daemon-reload | is-enabled) exit 0 ;;
+    is-active) echo inactive && exit 3 ;;
+esac
 answer=$(mktemp -u /run/services/XXXXXX)
 mkfifo "$answer"
 echo "$1 ${2%.service} $answer" >/run/services/ask

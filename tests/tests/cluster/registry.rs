@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use casemate_tests::image::Image;
-use casemate_tests::skip::{Stop, fail};
+use casemate_tests::skip::{Outcome, fail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 
@@ -29,8 +29,8 @@ struct Shelf {
 pub struct Registry(Arc<Mutex<Shelf>>);
 
 impl Registry {
-    /// Begins to serve in that network namespace.
-    pub fn serve(netns: &Path) -> Result<Self, Stop> {
+    /// Begins to serve in that network namespace, as in others maybe.
+    pub fn serve(&self, netns: &Path) -> Outcome {
         let netns = File::open(netns)?;
         let listen = move || -> std::io::Result<TcpListener> {
             move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?;
@@ -41,19 +41,18 @@ impl Registry {
             Ok(listener) => listener?,
             Err(_) => return fail("listening panicked"),
         };
-        let registry = Self::default();
-        let served = registry.clone();
+        let served = self.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let served = served.clone();
                 std::thread::spawn(move || served.answer(stream));
             }
         });
-        Ok(registry)
+        Ok(())
     }
 
     /// Takes an image in, by its name without the registry's.
-    pub fn push(&self, image: &Image) -> Result<(), Stop> {
+    pub fn push(&self, image: &Image) -> Outcome {
         let files = image.layout()?;
         let index = files.get("index.json").map_or(&[][..], Vec::as_slice);
         let index: Value = serde_json::from_slice(index)?;

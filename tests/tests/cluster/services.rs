@@ -11,7 +11,7 @@ use casemate_tests::skip::Outcome;
 use casemate_tests::world;
 use serde_json::{Value, json};
 
-use crate::node::{ADDRESS, LIMIT, SERVICE};
+use crate::node::{LIMIT, SERVICE, address, host, pods};
 use crate::registry;
 
 /// Who asks the API server, as that user.
@@ -27,27 +27,81 @@ pub fn kubeconfig(who: &str, ca: &str) -> String {
     .to_string()
 }
 
-/// What the node has in /etc, and its services.
-pub fn fill(dir: &Path, generation: Generation) -> Outcome {
+/// What each node has in /etc, and its containerd.
+pub fn base(dir: &Path, generation: Generation, number: u8) -> Outcome {
     let etc = dir.join("etc");
-    for name in ["containerd/certs.d/_default", "cni/net.d", "kubernetes"] {
+    for name in ["containerd/certs.d/_default", "cni/net.d"] {
         fs::create_dir_all(etc.join(name))?;
     }
-    let units = dir.join("units");
-    fs::create_dir_all(&units)?;
-    for (name, command) in services() {
-        let unit = units.join(name);
-        fs::write(&unit, format!("#!/bin/sh\n{command}\n"))?;
-        world::set_mode(&unit, 0o755)?;
+    fs::create_dir_all(dir.join("units"))?;
+    unit(dir, "containerd", "exec /usr/bin/containerd")?;
+    let network = json!({
+        "cniVersion": "1.0.0", "name": "node", "plugins": [{
+            "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false,
+            "ipam": {
+                "type": "host-local", "ranges": [[{"subnet": pods(number)}]],
+                "routes": [{"dst": "0.0.0.0/0"}]
+            }
+        }]
+    });
+    fs::write(
+        etc.join("cni/net.d/10-bridge.conflist"),
+        network.to_string(),
+    )?;
+    fs::write(etc.join("containerd/config.toml"), containerd(generation))?;
+    let images = registry::ADDRESS;
+    fs::write(
+        etc.join("containerd/certs.d/_default/hosts.toml"),
+        format!(
+            "server = \"http://{images}\"\n[host.\"http://{images}\"]\n\
+             capabilities = [\"pull\", \"resolve\"]\n"
+        ),
+    )?;
+    for (name, text) in [
+        (
+            "machine-id",
+            format!("{number}123456789abcdef0123456789abcdef\n"),
+        ),
+        (
+            "hosts",
+            format!(
+                "127.0.0.1 localhost\n{} {}\n",
+                address(number),
+                host(number)
+            ),
+        ),
+        ("resolv.conf", "nameserver 192.0.2.53\n".to_owned()),
+    ] {
+        fs::write(etc.join(name), text)?;
     }
-    let kubernetes = etc.join("kubernetes");
-    for who in ["admin", "kubelet"] {
+    Ok(())
+}
+
+/// A service of the node.
+pub fn unit(dir: &Path, name: &str, command: &str) -> Outcome {
+    let unit = dir.join("units").join(name);
+    fs::write(&unit, format!("#!/bin/sh\n{command}\n"))?;
+    Ok(world::set_mode(&unit, 0o755)?)
+}
+
+/// What a node has in /etc, and its services: the first has the cluster's, too.
+pub fn fill(dir: &Path, generation: Generation, number: u8) -> Outcome {
+    base(dir, generation, number)?;
+    for (name, command) in services(number) {
+        unit(dir, name, &command)?;
+    }
+    let kubernetes = dir.join("etc/kubernetes");
+    fs::create_dir_all(&kubernetes)?;
+    let host = host(number);
+    for (name, who) in [("admin", "admin"), ("kubelet", &host)] {
         let config = kubeconfig(who, "/etc/kubernetes/pki/apiserver.crt");
-        fs::write(kubernetes.join(who), config)?;
+        fs::write(kubernetes.join(name), config)?;
     }
     fs::write(
         kubernetes.join("tokens.csv"),
-        "admin,admin,1,\"system:masters\"\nkubelet,system:node:node1,2,\"system:nodes\"\n",
+        "admin,admin,1,\"system:masters\"\n\
+         node1,system:node:node1,2,\"system:nodes\"\n\
+         node2,system:node:node2,3,\"system:nodes\"\n",
     )?;
     let key = kubernetes.join("sa.key");
     run(
@@ -60,38 +114,6 @@ pub fn fill(dir: &Path, generation: Generation) -> Outcome {
     )?
     .ok()?;
     fs::write(kubernetes.join("kubelet.json"), kubelet().to_string())?;
-    let network = json!({
-        "cniVersion": "1.0.0", "name": "node", "plugins": [{
-            "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false,
-            "ipam": {
-                "type": "host-local", "ranges": [[{"subnet": "10.213.200.0/24"}]],
-                "routes": [{"dst": "0.0.0.0/0"}]
-            }
-        }]
-    });
-    fs::write(
-        etc.join("cni/net.d/10-bridge.conflist"),
-        network.to_string(),
-    )?;
-    fs::write(etc.join("containerd/config.toml"), containerd(generation))?;
-    let address = registry::ADDRESS;
-    fs::write(
-        etc.join("containerd/certs.d/_default/hosts.toml"),
-        format!(
-            "server = \"http://{address}\"\n[host.\"http://{address}\"]\n\
-             capabilities = [\"pull\", \"resolve\"]\n"
-        ),
-    )?;
-    for (name, text) in [
-        (
-            "machine-id",
-            "0123456789abcdef0123456789abcdef\n".to_owned(),
-        ),
-        ("hosts", format!("127.0.0.1 localhost\n{ADDRESS} node1\n")),
-        ("resolv.conf", "nameserver 192.0.2.53\n".to_owned()),
-    ] {
-        fs::write(etc.join(name), text)?;
-    }
     Ok(())
 }
 
@@ -141,7 +163,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshot
 /// The kubelet's configuration: version 1 of cgroups, which it wants to be told, no
 /// score of its own against out-of-memory kills, for which this machine's root lacks a
 /// capability, and quicker to look than it would be.
-fn kubelet() -> Value {
+pub fn kubelet() -> Value {
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
         "authentication": {"anonymous": {"enabled": true}, "webhook": {"enabled": false}},
@@ -161,12 +183,20 @@ fn kubelet() -> Value {
     })
 }
 
-fn services() -> BTreeMap<&'static str, String> {
+fn services(number: u8) -> BTreeMap<&'static str, String> {
+    let (host, address) = (host(number), address(number));
+    let kubelet = kubelet_as(&format!(
+        "--config=/etc/kubernetes/kubelet.json --kubeconfig=/etc/kubernetes/kubelet \
+         --hostname-override={host} --node-ip={address}"
+    ));
+    if number != 1 {
+        return [("kubelet", kubelet)].into();
+    }
     let kube = "exec /srv/kube";
     let as_admin = "--kubeconfig=/etc/kubernetes/admin --leader-elect=false";
     let account = "/etc/kubernetes/sa.key";
     BTreeMap::from([
-        ("containerd", "exec /usr/bin/containerd".to_owned()),
+        ("kubelet", kubelet),
         (
             "etcd",
             format!("{kube}/etcd --data-dir=/var/lib/etcd --unsafe-no-fsync"),
@@ -175,7 +205,7 @@ fn services() -> BTreeMap<&'static str, String> {
             "kube-apiserver",
             format!(
                 "{kube}/kube-apiserver --etcd-servers=http://127.0.0.1:2379 \
-                 --cert-dir=/etc/kubernetes/pki --secure-port=443 --advertise-address={ADDRESS} \
+                 --cert-dir=/etc/kubernetes/pki --secure-port=443 --advertise-address={address} \
                  --service-account-key-file={account} \
                  --service-account-signing-key-file={account} \
                  --service-account-issuer=https://kubernetes.default.svc \
@@ -197,7 +227,6 @@ fn services() -> BTreeMap<&'static str, String> {
             "kube-scheduler",
             format!("{kube}/kube-scheduler {as_admin} --cert-dir=/run/scheduler"),
         ),
-        ("kubelet", KUBELET.replace("ADDRESS", ADDRESS)),
     ])
 }
 
@@ -213,5 +242,9 @@ for one in vm/overcommit_memory=1 vm/panic_on_oom=0 kernel/panic=10 kernel/panic
     echo "${one#*=}" >"$file"
     mount --bind "$file" "/proc/sys/$name"
 done
-exec /srv/kube/kubelet --config=/etc/kubernetes/kubelet.json --kubeconfig=/etc/kubernetes/kubelet \
-    --hostname-override=node1 --node-ip=ADDRESS'"#;
+exec /srv/kube/kubelet ARGUMENTS'"#;
+
+/// The kubelet's service with these arguments.
+pub fn kubelet_as(arguments: &str) -> String {
+    KUBELET.replace("ARGUMENTS", arguments)
+}
