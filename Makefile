@@ -11,7 +11,7 @@
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd, SELinux or no nf_tables
 #   make kube-test       runtimeclass/ on a real API server; the first time it is built, a quarter of an hour
 #   make nerdctl-test    a real nerdctl on three containerds, built from its Go module the first time
-#   make cluster-test    a whole cluster with a real kubelet: the DaemonSet installs, pods run; built as that is
+#   make cluster-test    whole clusters with real kubelets: the DaemonSet installs and upgrades, pods run; built as that is
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
 #   make docs            what the pages tell to type, and their links, tried
@@ -135,7 +135,7 @@ nerdctl-test: daemons
 	@scripts/nerdctl.sh
 	$(MAKE) e2e T=nerdctl
 
-# etcd, API server, controllers, scheduler, kubelet and containerd, as a node of their own.
+# etcd, API server, controllers, scheduler, kubelet, kubeadm and containerd, as nodes of their own.
 # CONTAINERD=1.7 has another of the test bed's, KEEP=DIR the logs of all of them.
 CONTAINERD ?= 2.1
 KEEP       ?=

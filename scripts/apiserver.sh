@@ -2,8 +2,7 @@
 # Builds what the tests of runtimeclass/, of the node's labels and of whole clusters need:
 # a real API server with etcd, kubectl, helm, controllers, scheduler, kubelet, kubeadm and
 # promtool, from their Go modules, into a directory of their own. Nothing is installed or
-# started:
-# the tests do that, on ports or in a network of their own.
+# started: the tests do that, on ports or in a network of their own.
 #
 #   scripts/apiserver.sh [PREFIX]      (default: target/kube)
 #

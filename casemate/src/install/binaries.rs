@@ -58,15 +58,8 @@ impl Payload {
         Ok(plan)
     }
 
-    /// Copies the programs and has the links lead to them; the links outside. `by_path`:
-    /// this containerd finds shims by their path.
-    pub fn put(
-        &self,
-        layout: &Layout,
-        by_path: bool,
-        journal: &mut Journal,
-        notes: &mut Vec<String>,
-    ) -> Result<Vec<PathBuf>, RunError> {
+    /// Copies the programs to the node: nothing leads to them yet.
+    pub fn bring(&self, layout: &Layout, journal: &mut Journal) -> Result<(), RunError> {
         let made = journal.directory(&layout.prefix);
         made.and_then(|()| tidy(&layout.prefix))
             .map_err(elsewhere)?;
@@ -75,7 +68,24 @@ impl Payload {
             journal.version(&dir)?;
             self.copy(&dir, layout).map_err(elsewhere)?;
         }
-        self.runs(&dir)?;
+        self.runs(&dir)
+    }
+
+    /// Whether the links lead to another version, which this one is to take the place of.
+    pub fn is_upgrade(&self, layout: &Layout) -> Result<bool, RunError> {
+        let now = files::target(&layout.current())?;
+        Ok(now.is_some_and(|now| now != Path::new(self.name())))
+    }
+
+    /// Has the links lead to the programs; those outside. `by_path`: this containerd finds
+    /// shims by their path.
+    pub fn link(
+        &self,
+        layout: &Layout,
+        by_path: bool,
+        journal: &mut Journal,
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<PathBuf>, RunError> {
         if files::target(&layout.current())?.as_deref() != Some(Path::new(self.name())) {
             journal.link(&layout.current(), Path::new(self.name()))?;
         }
@@ -167,9 +177,14 @@ fn elsewhere(error: RunError) -> RunError {
     }
 }
 
-/// The root file system that the proof runs in.
-pub fn proof_root(layout: &Layout) -> PathBuf {
-    layout.current().join(PROOF)
+/// The root file system that the proof of the version in that directory runs in.
+pub fn proof_root(version: &Path) -> PathBuf {
+    version.join(PROOF)
+}
+
+/// What containerd is told to run for pods of that class.
+pub fn shim(version: &Path, class: Class) -> PathBuf {
+    version.join("bin").join(class.program())
 }
 
 /// Links outside of the prefix, with where they lead.

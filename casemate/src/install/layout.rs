@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use casemate_spec::Class;
 
 use super::Node;
+use super::binaries;
 use crate::error::{RunError, Step};
 
 /// The node's paths, as seen from here.
@@ -149,7 +150,7 @@ impl Layout {
 
     /// What containerd is told to run for pods of that class.
     pub fn shim(&self, class: Class) -> PathBuf {
-        self.current().join("bin").join(class.program())
+        binaries::shim(&self.current(), class)
     }
 
     /// The name of a class's handler.

@@ -116,25 +116,31 @@ pub fn wait(
     }
 }
 
-/// Runs a container of that class on the installed shim: it looks at its own locks.
-/// Then another one, which is looked at from outside, as `casemate posture` does.
+/// Runs a container of that class on the shim in that directory, a version's or the link
+/// to the newest: it looks at its own locks. Then another one, which is looked at from
+/// outside, as `casemate posture` does.
 ///
 /// `by_path`: containerd is told the shim's path, else its name, as its CRI does: then it
 /// is found in the daemon's own PATH, or not. What was promised and can't be seen here.
-pub fn container(layout: &Layout, class: Class, by_path: bool) -> Result<Vec<String>, RunError> {
+pub fn container(
+    layout: &Layout,
+    version: &Path,
+    class: Class,
+    by_path: bool,
+) -> Result<Vec<String>, RunError> {
     let mut client = Client::new(&layout.address, NAMESPACE)?;
-    let version: Result<VersionResponse, Status> = client.call(
+    let answers: Result<VersionResponse, Status> = client.call(
         "/containerd.services.version.v1.Version/Version",
         Empty {},
         SOON,
     );
-    version.map_err(wrong("ask containerd for its version"))?;
+    answers.map_err(wrong("ask containerd for its version"))?;
     let id = format!("{ID}{}", std::process::id());
     let runtime = match by_path {
-        true => layout.shim(class).display().to_string(),
+        true => binaries::shim(version, class).display().to_string(),
         false => config::kind(class),
     };
-    let ran = run(&mut client, layout, &runtime, &id, &[]).and_then(|()| ended(&mut client, &id));
+    let ran = run(&mut client, version, &runtime, &id, &[]).and_then(|()| ended(&mut client, &id));
     clean(&mut client, &id);
     let status = ran?;
     if status != 0 {
@@ -144,7 +150,7 @@ pub fn container(layout: &Layout, class: Class, by_path: bool) -> Result<Vec<Str
         )));
     }
     let id = format!("{id}-posture");
-    let seen = run(&mut client, layout, &runtime, &id, &["--wait"])
+    let seen = run(&mut client, version, &runtime, &id, &["--wait"])
         .and_then(|()| posture::compared(&operator::find(&id)?, casemate_posture::Depth::Whole));
     clean(&mut client, &id);
     let (_, seen) = seen?;
@@ -167,7 +173,7 @@ fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
 /// Makes and starts it.
 fn run(
     client: &mut Client,
-    layout: &Layout,
+    version: &Path,
     runtime: &str,
     id: &str,
     more: &[&str],
@@ -204,7 +210,7 @@ fn run(
         .map_err(wrong("prove: make a container"))?;
     let request = CreateTask {
         container_id: id.to_owned(),
-        rootfs: vec![root(&binaries::proof_root(layout))],
+        rootfs: vec![root(&binaries::proof_root(version))],
     };
     client
         .call::<_, Empty>("/containerd.services.tasks.v1.Tasks/Create", request, SOON)

@@ -117,9 +117,11 @@ impl Installation<'_> {
         }
         let mut notes = Vec::new();
         let by_path = seen.by_path(self.options);
+        self.payload.bring(self.layout, journal)?;
+        self.rehearse(by_path)?;
         record.links = self
             .payload
-            .put(self.layout, by_path, journal, &mut notes)?;
+            .link(self.layout, by_path, journal, &mut notes)?;
         let dir = self.payload.directory(self.layout);
         say(
             "binaries",
@@ -258,6 +260,28 @@ impl Installation<'_> {
         }
     }
 
+    /// Of an upgrade: the proof of the new version while all pods get the one before, so
+    /// that one which doesn't work never meets any. Where containerd finds shims by name
+    /// alone, or isn't there to ask, the proof that follows is the only one.
+    fn rehearse(&self, by_path: bool) -> Result<(), RunError> {
+        if self.options.no_proof
+            || !by_path
+            || !self.payload.is_upgrade(self.layout)?
+            || matches!(proof::loaded(self.layout), Loaded::Down(_))
+        {
+            return Ok(());
+        }
+        let version = self.payload.directory(self.layout);
+        for class in classes(self.options) {
+            proof::container(self.layout, &version, class, by_path).map_err(told_of_selinux)?;
+        }
+        say(
+            "proof",
+            format!("{} holds, and takes its place now", self.payload.name()),
+        );
+        Ok(())
+    }
+
     fn prove(&self, by_path: bool, image: Option<&str>) -> Result<bool, RunError> {
         if self.options.no_proof {
             say("proof", "left out, as asked");
@@ -270,8 +294,10 @@ impl Installation<'_> {
             }
             return Err(RunError::Refused(format!("prove: {why}")));
         }
+        let current = self.layout.current();
         for class in classes(self.options) {
-            let unseen = proof::container(self.layout, class, by_path).map_err(told_of_selinux)?;
+            let unseen =
+                proof::container(self.layout, &current, class, by_path).map_err(told_of_selinux)?;
             let of = match class {
                 Class::Node => String::new(),
                 class => format!(" of class {}", class.name()),
@@ -337,7 +363,7 @@ impl Installation<'_> {
                  uninstall"
             ));
         }
-        let older = before.filter(|version| *version != self.payload.name);
+        let older = before.filter(|version| *version != self.payload.name());
         let older = older.map_or(String::new(), |version| self.older(&version));
         if !self.restarted {
             return RunError::Refused(format!("{error}; the node is as it was{older}"));

@@ -1,4 +1,4 @@
-//! A whole cluster of one node, for the length of the run: etcd, API server, controllers,
+//! Whole clusters, for the length of the run: etcd, API server, controllers,
 //! scheduler, and a real kubelet with a real containerd, on which the DaemonSet of
 //! `runtimeclass/` installs casemate. Then what authors of pods and operators do, each
 //! thing under runc, as a control, and under casemate.

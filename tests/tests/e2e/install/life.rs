@@ -1,8 +1,10 @@
 //! Install, again, upgrade, remove.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use casemate_tests::generation::Generation;
@@ -19,6 +21,7 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 trials! {
     install_upgrades_under_living_pods,
+    install_upgrade_that_fails_meets_no_pod,
     install_keeps_what_an_operator_has_changed_since,
     install_programs_alone_are_enough_for_ctr,
     install_without_a_configuration_makes_one,
@@ -82,12 +85,17 @@ pub fn and_back(generation: Generation) -> Outcome {
 
 /// Programs of another build: a byte more in one.
 fn other_build(node: &Node) -> Result<String, Stop> {
+    changed_build(node, "casemate-agent", |bytes| bytes.push(0))
+}
+
+/// Programs of which one is another.
+fn changed_build(node: &Node, which: &str, change: impl Fn(&mut Vec<u8>)) -> Result<String, Stop> {
     let dir = node.dir.join("other");
     fs::create_dir_all(&dir)?;
     for program in ["casemate", "casemate-agent", "containerd-shim-casemate-v2"] {
         let mut bytes = fs::read(world::binaries().join(program))?;
-        if program == "casemate-agent" {
-            bytes.push(0);
+        if program == which {
+            change(&mut bytes);
         }
         fs::write(dir.join(program), bytes)?;
         world::set_mode(&dir.join(program), 0o755)?;
@@ -183,6 +191,58 @@ fn install_upgrades_under_living_pods() -> Outcome {
     end(&node, &new)?;
     node.must("uninstall", &[])?;
     same("after all", &before, &node.tree())
+}
+
+/// A shim that says its version, and can't do more.
+const BROKEN: &[u8] = b"#!/bin/sh
+[ \"$1\" != -v ] || { echo 'containerd-shim-casemate-v2 broken'; exit 0; }
+echo 'no such luck' >&2
+exit 3
+";
+
+/// The link to the newest version never leads to one that has proven nothing.
+fn install_upgrade_that_fails_meets_no_pod() -> Outcome {
+    let node = Node::running(Generation::V2_1)?;
+    node.must("install", &[])?;
+    let (before, current) = (node.tree(), node.dir.join("opt/casemate/current"));
+    let good = fs::read_link(&current)?;
+    let shim = "containerd-shim-casemate-v2";
+    let other = changed_build(&node, shim, |bytes| *bytes = BROKEN.to_vec())?;
+    let done = AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut seen = BTreeSet::new();
+            while !done.load(Ordering::Relaxed) {
+                seen.insert(fs::read_link(&current).ok());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            seen
+        });
+        let version = good.display().to_string();
+        let way_out = ["no such luck", "as it was", &version, "or stay with it"];
+        let refused = node.refuses("install", &["--from", &other], &way_out);
+        done.store(true, Ordering::Relaxed);
+        refused.map(|()| watch.join().unwrap_or_default())
+    })?;
+    ensure_eq!(seen, [Some(good)].into(), "where the link led");
+    same("after an upgrade that failed", &before, &node.tree())?;
+    let world = World::get()?;
+    let probe = world::probe()?;
+    node.ctr()
+        .import(&catalog::base(Some(&probe))?, world.dir())?;
+    let id = world.id("after");
+    pod(&node, &id)?;
+    exec(&node, &id)?;
+    end(&node, &id)?;
+
+    let other = other_build(&node)?;
+    let said = node.must("install", &["--from", &other])?;
+    let held = said.find("holds, and takes its place now");
+    ensure!(
+        held.is_some() && held < said.find("proof: a container ran"),
+        "a good upgrade: {said}"
+    );
+    node.must("uninstall", &[]).map(drop)
 }
 
 fn install_keeps_what_an_operator_has_changed_since() -> Outcome {
