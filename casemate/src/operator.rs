@@ -24,7 +24,7 @@ const SERVICE: &str = "casemate.operator.v1.Operator";
 /// For an answer that waits for nothing.
 const SOON: Duration = Duration::from_secs(5);
 /// Shims that are asked at a time.
-const AT_ONCE: usize = 16;
+pub const AT_ONCE: usize = 16;
 /// The most bytes that a file of ours has.
 const LARGEST: u64 = 1024 * 1024;
 

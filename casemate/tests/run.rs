@@ -330,6 +330,8 @@ fn one_program_alone_runs() -> Outcome {
 
 fn what_is_missing_is_named() -> Outcome {
     let bench = Bench::new("missing")?;
+    let empty = tempfile::tempdir()?;
+    let empty = empty.path().display().to_string();
     // 126 and 127 as shells and other runtimes have it.
     for (args, name, status) in [
         (&["no-such-program"][..], "no-such-program", 127),
@@ -340,6 +342,8 @@ fn what_is_missing_is_named() -> Outcome {
             "/no/such/root",
             125,
         ),
+        // Not even a place for /proc.
+        (&["--rootfs", &empty, "id"][..], "have it in the root", 125),
         (&["-t", "id"][..], "not a terminal", 125),
     ] {
         let output = bench.run(args)?;

@@ -143,7 +143,8 @@ fn make_target(
                 } else {
                     format!("{path}, its part {here}")
                 };
-                made.at("make mount target", &object)
+                made.map_err(with_way_out)
+                    .at("make mount target", &object)
                     .map_err(StepError::blame_request)?;
                 open_path(root, &here, links)
             }
@@ -153,6 +154,16 @@ fn make_target(
         walked = here;
     }
     Ok(at)
+}
+
+/// Of a root that is read-only, what to do.
+fn with_way_out(error: rustix::io::Errno) -> io::Error {
+    match error {
+        rustix::io::Errno::ROFS => io::Error::other(format!(
+            "{error}; have it in the root, or let the root be written"
+        )),
+        other => other.into(),
+    }
 }
 
 fn components(path: &str) -> impl Iterator<Item = String> + '_ {

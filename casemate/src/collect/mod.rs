@@ -15,6 +15,7 @@ use casemate_spec::Config;
 use clap::Args;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use futures::stream::{self, StreamExt};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -23,7 +24,7 @@ use crate::doctor;
 use crate::error::{RunError, Step};
 use crate::inspect;
 use crate::metrics;
-use crate::operator::{self, Operator, Pod};
+use crate::operator::{self, AT_ONCE, Operator, Pod};
 use crate::out;
 use crate::paint::plain;
 use crate::progress::Progress;
@@ -149,15 +150,19 @@ async fn of_pods(report: &mut Report, pods: &[Pod]) -> Result<(), RunError> {
     let mut list = Vec::new();
     let mut events: Vec<Value> = operator::refusals();
     let progress = Progress::of(pods.len().min(PODS) as u64, "pod");
+    // A shim that is stuck takes its time, and no more, and none of the others'.
+    let mut told = stream::iter(pods.iter().take(PODS))
+        .map(|pod| timeout(EACH, one(pod)))
+        .buffered(AT_ONCE);
     for (n, pod) in pods.iter().take(PODS).enumerate() {
+        let Some(said) = told.next().await else { break };
         progress.step(&plain(&pod.id));
         let at = format!("pods/{n}");
         list.push(json!({
             "pod": pod.id, "namespace": pod.namespace, "since": pod.since, "files": at,
             "kubernetes": pod.kubernetes,
         }));
-        // A shim that is stuck takes its time, and no more.
-        match timeout(EACH, one(pod)).await {
+        match said {
             Ok(Ok((inspected, denials, promise, page))) => {
                 for bundle in bundles(&inspected) {
                     report.secrets.of_bundle(&bundle);

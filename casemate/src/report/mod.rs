@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use casemate_posture::{Depth, Deviation};
 use clap::Args;
+use futures::stream::{self, StreamExt};
 use serde_json::Value;
 use tokio::time::timeout;
 
 use crate::clock;
 use crate::error::{RunError, Step};
 use crate::inspect;
-use crate::operator::{self, Operator, Pod};
+use crate::operator::{self, AT_ONCE, Operator, Pod};
 use crate::out;
 use crate::paint::plain;
 use crate::posture;
@@ -40,7 +41,7 @@ the last hour. The file needs nothing else and runs no script. No process is sto
 it. Exit status: 0, or 125 if casemate itself failed.";
 
 /// For the answers of one pod.
-const EACH: Duration = Duration::from_secs(5);
+const EACH: Duration = Duration::from_secs(8);
 /// Pods, and refusals, on a page that somebody reads.
 const PODS: usize = 200;
 const REFUSALS: usize = 100;
@@ -82,10 +83,13 @@ pub fn run(options: &Report) -> Result<i32, RunError> {
     let pods = operator::pods()?;
     let count = pods.len();
     let progress = Progress::of(count.min(PODS) as u64, "pod");
+    let pods: Vec<Pod> = pods.into_iter().take(PODS).collect();
+    let asked = operator::block_on(asked(&pods))?;
     let mut told = Vec::new();
-    for pod in pods.into_iter().take(PODS) {
+    for (pod, said) in pods.into_iter().zip(asked) {
         progress.step(&plain(&pod.id));
-        let said = say(&pod).map_err(|error| error.to_string());
+        let said = said.and_then(|said| say(&pod, said));
+        let said = said.map_err(|error| error.to_string());
         told.push(Told { pod, said });
     }
     drop(progress);
@@ -98,16 +102,23 @@ pub fn run(options: &Report) -> Result<i32, RunError> {
     Ok(0)
 }
 
-/// What a shim says, and how that is.
-fn say(pod: &Pod) -> Result<Said, RunError> {
-    let (inspected, denials) = operator::block_on(async {
+type Answer = Result<(Value, Value), RunError>;
+
+/// What all shims say, in order; one that is stuck holds up no other.
+async fn asked(pods: &[Pod]) -> Result<Vec<Answer>, RunError> {
+    let each = stream::iter(pods).map(async |pod| {
         timeout(EACH, ask(pod)).await.unwrap_or_else(|_| {
             Err(RunError::Shim {
                 step: "ask",
                 reason: format!("no answer within {} s", EACH.as_secs()),
             })
         })
-    })?;
+    });
+    Ok(each.buffered(AT_ONCE).collect().await)
+}
+
+/// The same, and how that is.
+fn say(pod: &Pod, (inspected, denials): (Value, Value)) -> Result<Said, RunError> {
     let (_, found) = posture::compared(pod, Depth::Glance)?;
     Ok(Said {
         inspected,

@@ -90,6 +90,13 @@ fn walk_shims_that_are_stuck() -> Outcome {
     let begun = Instant::now();
     let listed = casemate(&["ps"]);
     let took = begun.elapsed();
+    let begun = Instant::now();
+    let page = casemate(&["report", "--html", "-"]);
+    let told = begun.elapsed();
+    let begun = Instant::now();
+    let file = stuck[0].side.join("report.tar.gz").display().to_string();
+    let packed = casemate(&["collect", "-o", &file]);
+    let gathered = begun.elapsed();
     let [one, _] = &stuck;
     let asked =
         ["inspect", "events", "why", "posture"].map(|what| (what, casemate(&[what, &one.id])));
@@ -97,11 +104,19 @@ fn walk_shims_that_are_stuck() -> Outcome {
     let listed = listed?.ok()?;
     // One after the other would be ten seconds.
     ensure!(took < Duration::from_secs(9), "ps took {took:?}");
+    ensure!(told < Duration::from_secs(9), "report took {told:?}");
+    ensure!(
+        gathered < Duration::from_secs(9),
+        "collect took {gathered:?}"
+    );
+    let page = page?.ok()?.out();
+    packed?.ok()?;
     for task in &stuck {
         let table = listed.out();
         let row = table.lines().find(|line| line.contains(&task.id));
         ensure!(row.is_some_and(|row| row.contains(" unknown ")), "{table}");
         let way = format!("kill -CONT {}", task.shim_pid()?);
+        ensure!(page.contains(&way), "no {way} on the page");
         ensure!(listed.err().contains(&way), "no {way} in {}", listed.err());
     }
     let way = format!("kill -CONT {}", one.shim_pid()?);
