@@ -118,7 +118,7 @@ impl Installation<'_> {
         let mut notes = Vec::new();
         let by_path = seen.by_path(self.options);
         self.payload.bring(self.layout, journal)?;
-        self.rehearse(by_path)?;
+        self.rehearse(by_path, seen.plan.is_some())?;
         record.links = self
             .payload
             .link(self.layout, by_path, journal, &mut notes)?;
@@ -260,13 +260,16 @@ impl Installation<'_> {
         }
     }
 
-    /// Of an upgrade: the proof of the new version while all pods get the one before, so
-    /// that one which doesn't work never meets any. Where containerd finds shims by name
-    /// alone, or isn't there to ask, the proof that follows is the only one.
-    fn rehearse(&self, by_path: bool) -> Result<(), RunError> {
+    /// The proof of a version that nothing leads to yet: of an upgrade, so that one which
+    /// doesn't work meets no pod, and of a new installation, so that a node on which none
+    /// works isn't restarted for it, and once more by each try of a DaemonSet. Where
+    /// containerd finds shims by name alone, or isn't there to ask, the proof that follows
+    /// is the only one.
+    fn rehearse(&self, by_path: bool, is_new: bool) -> Result<(), RunError> {
+        let is_upgrade = self.payload.is_upgrade(self.layout)?;
         if self.options.no_proof
             || !by_path
-            || !self.payload.is_upgrade(self.layout)?
+            || !(is_new || is_upgrade)
             || matches!(proof::loaded(self.layout), Loaded::Down(_))
         {
             return Ok(());
@@ -277,7 +280,13 @@ impl Installation<'_> {
         }
         say(
             "proof",
-            format!("{} holds, and takes its place now", self.payload.name()),
+            match is_upgrade {
+                true => format!("{} holds, and takes its place now", self.payload.name()),
+                false => format!(
+                    "{} holds: now containerd is told of it",
+                    self.payload.name()
+                ),
+            },
         );
         Ok(())
     }

@@ -257,7 +257,7 @@ fn refused_then_allowed(node: &Node, label: &str) -> Outcome {
             "permission denied",
             "SELinux enforces here",
             "--prefix",
-            "the node is as it was, and containerd runs",
+            "the node is as it was",
         ],
     )?;
     same("after a refusal", &before, &node.tree())?;
