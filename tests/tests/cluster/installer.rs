@@ -120,7 +120,14 @@ fn install(cluster: &Cluster) -> Outcome {
     unschedulable(cluster, "first")?;
     // The rest of it: installer, policies, default class.
     cluster.must(&["apply", "--server-side", "-k", "runtimeclass"], "")?;
-    labelled(cluster, "node1")
+    labelled(cluster, "node1")?;
+    // Under a kubelet, which ends pods that it doesn't know.
+    let said = told(cluster);
+    for handler in ["casemate", "casemate-strict"] {
+        let line = format!("a pod of handler {handler} ran by CRI");
+        ensure!(said.contains(&line), "no {line:?} in {said}");
+    }
+    Ok(())
 }
 
 /// What the installer has said, and what is said of it.
