@@ -55,6 +55,8 @@ pub struct PodConfig {
     pub metadata: Option<PodMetadata>,
     #[prost(string, tag = "2")]
     pub hostname: String,
+    #[prost(string, tag = "3")]
+    pub log_directory: String,
     #[prost(map = "string, string", tag = "6")]
     pub labels: HashMap<String, String>,
     #[prost(message, optional, tag = "8")]
@@ -161,6 +163,8 @@ pub struct ContainerConfig {
     pub metadata: Option<Metadata>,
     #[prost(message, optional, tag = "2")]
     pub image: Option<ImageSpec>,
+    #[prost(string, tag = "11")]
+    pub log_path: String,
     #[prost(message, optional, tag = "15")]
     pub linux: Option<LinuxContainer>,
 }

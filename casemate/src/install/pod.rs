@@ -8,6 +8,7 @@
 //! (`HandlePodCleanups`): so what fails is tried again.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::time::Duration;
 
 use casemate_posture::Depth;
@@ -22,7 +23,7 @@ use super::cri::{
 };
 use super::grpc::{Client, Empty, Named};
 use super::layout::Layout;
-use crate::error::{RunError, one_line};
+use crate::error::{RunError, Step, one_line};
 use crate::{operator, posture};
 
 /// containerd's namespace of CRI; it doesn't look at the one that is sent.
@@ -33,6 +34,8 @@ const NAME: &str = "casemate-proof";
 const LIMIT: Duration = Duration::from_secs(30);
 /// How often it is tried.
 const TRIES: u32 = 5;
+/// Where the directory of a container's log is made: never on a disk.
+const LOGS: &str = "/run";
 /// Not in step with whoever ends pods.
 const PAUSE: Duration = Duration::from_millis(700);
 /// `CONTAINER_RUNNING`
@@ -67,9 +70,16 @@ pub fn pod(layout: &Layout, class: Class, image: Option<&str>) -> Result<Told, R
         return Ok(Told::NotTried(reason));
     }
     let (handler, image) = (layout.handler(class), image.unwrap_or_default());
+    // A kubelet that finds the ended container first removes it, and what is at its log's
+    // path and `*`: with no path that is what is in its working directory, /bin first
+    // where that is /.
+    let logs = tempfile::Builder::new()
+        .prefix("casemate-proof-")
+        .tempdir_in(LOGS)
+        .step("make a directory in", LOGS)?;
     let mut tried = 1;
     loop {
-        let reason = match once(&mut client, &handler, image, tried) {
+        let reason = match once(&mut client, &handler, image, logs.path(), tried) {
             Ok(()) => return Ok(Told::Ran),
             Err(Failed::Elsewhere(reason)) => return Ok(Told::NotTried(reason)),
             Err(Failed::Here(error)) => error,
@@ -124,7 +134,7 @@ fn namespaces() -> NamespaceOption {
     NamespaceOption { pid: OWN }
 }
 
-fn config(number: u32) -> PodConfig {
+fn config(logs: &Path, number: u32) -> PodConfig {
     PodConfig {
         metadata: Some(PodMetadata {
             name: NAME.to_owned(),
@@ -133,6 +143,7 @@ fn config(number: u32) -> PodConfig {
             attempt: number,
         }),
         hostname: NAME.to_owned(),
+        log_directory: logs.display().to_string(),
         labels: HashMap::from([(LABEL.0.to_owned(), LABEL.1.to_owned())]),
         linux: Some(LinuxPod {
             security_context: Some(PodSecurity {
@@ -142,8 +153,14 @@ fn config(number: u32) -> PodConfig {
     }
 }
 
-fn once(client: &mut Client, handler: &str, image: &str, number: u32) -> Result<(), Failed> {
-    let config = config(number);
+fn once(
+    client: &mut Client,
+    handler: &str,
+    image: &str,
+    logs: &Path,
+    number: u32,
+) -> Result<(), Failed> {
+    let config = config(logs, number);
     let request = RunPod {
         config: Some(config.clone()),
         runtime_handler: handler.to_owned(),
@@ -194,6 +211,7 @@ fn container(
                 name: NAME.to_owned(),
             }),
             image: Some(spec(image)),
+            log_path: "log".to_owned(),
             linux: Some(LinuxContainer {
                 security_context: Some(ContainerSecurity {
                     namespace_options: Some(namespaces()),

@@ -47,7 +47,8 @@ pub fn tree(node: &Node) -> Result<BTreeSet<String>, Stop> {
     // Of what others have in /usr/local, names do.
     let script = "find /etc /opt /var/lib/casemate -path /opt/cni -prune -o -type f \
                   -exec sha256sum {} + 2>/dev/null; \
-                  find /opt /usr/local -path /opt/cni -prune -o -printf '%y %p %l\\n'";
+                  find /opt /usr/local -path /opt/cni -prune -o -printf '%y %p %l\\n'; \
+                  find / -mindepth 1 -maxdepth 1 -printf '%y %p %l\\n'";
     let said = node.must(&["sh", "-c", script])?;
     // The lock stays, as files that are locked have to.
     let lines = said.lines().filter(|line| !line.contains("install/lock"));

@@ -72,6 +72,13 @@ fn install_proves_by_pods() -> Outcome {
             );
         }
         ensure_eq!(pods(&node)?, Vec::<String>::new(), "pods afterwards");
+        // A kubelet that removes a container without a log's path removes what is in its
+        // working directory.
+        let log = std::fs::read_to_string(node.dir.join("log"))?;
+        ensure!(
+            log.contains("StartContainer for") && !log.contains("Logging will be disabled"),
+            "{generation:?}: the proof's container has no log"
+        );
         node.must("uninstall", &[])?;
         same("after uninstall", &before, &node.tree())?;
     }
