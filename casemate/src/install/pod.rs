@@ -74,7 +74,7 @@ pub fn pod(layout: &Layout, class: Class, image: Option<&str>) -> Result<Told, R
     // path and `*`: with no path that is what is in its working directory, /bin first
     // where that is /.
     let logs = tempfile::Builder::new()
-        .prefix("casemate-proof-")
+        .prefix(&format!("{NAME}-{}-", std::process::id()))
         .tempdir_in(LOGS)
         .step("make a directory in", LOGS)?;
     let mut tried = 1;
@@ -259,6 +259,20 @@ fn remove(client: &mut Client, id: &str) {
     let _stopped = client.call::<_, Empty>(path, named.clone(), LIMIT);
     let path = "/runtime.v1.RuntimeService/RemovePodSandbox";
     let _removed = client.call::<_, Empty>(path, named, LIMIT);
+}
+
+/// Takes away directories of logs whose installer is gone.
+pub fn tidy_logs() {
+    for entry in std::fs::read_dir(LOGS).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let of = name
+            .strip_prefix(NAME)
+            .and_then(|name| name.split('-').nth(1));
+        let gone = |pid: &str| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists();
+        if of.is_some_and(gone) {
+            let _next_time = std::fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// Takes away pods of a proof that was cut short; whether there can be no more.

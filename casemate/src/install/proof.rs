@@ -31,6 +31,9 @@ const ID: &str = "casemate-proof-";
 /// Of the specification of a container (containerd's typeurl).
 const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 const SOON: Duration = Duration::from_secs(20);
+/// How long a shim may outlive an installer that was killed: one that was started and
+/// then asked for nothing goes after 30 s.
+const LINGERING: Duration = Duration::from_secs(40);
 const POLL: Duration = Duration::from_millis(100);
 
 /// What the running containerd says of a handler.
@@ -253,6 +256,7 @@ fn root(dir: &Path) -> Mount {
 /// Takes away what the proof of a run that was cut short has left: a sandbox of it would
 /// hold on to its programs.
 pub fn tidy(layout: &Layout) {
+    pod::tidy_logs();
     let Ok(mut client) = Client::new(&layout.address, NAMESPACE) else {
         return;
     };
@@ -261,7 +265,7 @@ pub fn tidy(layout: &Layout) {
         String::from_utf8_lossy(&line).contains(ID)
     };
     // One may still be on its way to a sandbox when its installer is gone.
-    let until = Instant::now() + SOON;
+    let until = Instant::now() + LINGERING;
     loop {
         let path = "/containerd.services.containers.v1.Containers/List";
         let Ok(left) = client.call::<_, Containers>(path, Empty {}, SOON) else {
