@@ -425,6 +425,13 @@ fn policy_doctor_finds_what_stops_pods() -> Outcome {
     let scratch = tempfile::tempdir_in("/tmp")?;
     let path = scratch.path().join("config.toml");
     let path = path.display().to_string();
+    let missing = casemate(&["doctor", "--config", &path])?;
+    ensure!(
+        missing.code() == 1 && missing.out().contains("there is no such file"),
+        "{}",
+        missing.out()
+    );
+    fs::write(&path, "")?;
     let fine = casemate(&["doctor", "--config", &path])?;
     ensure!(
         fine.code() == 0 && fine.out().contains("defaults hold"),

@@ -217,15 +217,19 @@ fn install_killed_in_its_proof() -> Outcome {
         })?;
         child.kill()?;
         child.wait()?;
-        let said = node.must(verb, &[])?;
+        let mut said = node.must(verb, &[])?;
         ensure!(said.contains("was cut short"), "{verb}: {said}");
         until("the proof's shim to end", Duration::from_secs(20), || {
             procs::with_command(&id).is_empty()
         })?;
         if verb == "install" {
-            node.must("uninstall", &[])?;
+            said += &node.must("uninstall", &[])?;
         }
-        same(&format!("killed, then {verb}"), &before, &node.tree())?;
+        same(
+            &format!("killed, then {verb}: {said}"),
+            &before,
+            &node.tree(),
+        )?;
     }
     Ok(())
 }
