@@ -260,9 +260,11 @@ pub fn tidy(layout: &Layout) {
     let Ok(mut client) = Client::new(&layout.address, NAMESPACE) else {
         return;
     };
-    let is_of_a_proof = |pid: &u32| {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(ID)
+    let run = |part: &str| {
+        binaries::sandboxes(&layout.prefix).iter().any(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(part)
+        })
     };
     // One may still be on its way to a sandbox when its installer is gone.
     let until = Instant::now() + LINGERING;
@@ -271,14 +273,16 @@ pub fn tidy(layout: &Layout) {
         let Ok(left) = client.call::<_, Containers>(path, Empty {}, SOON) else {
             return;
         };
+        let is_late = Instant::now() > until;
         for container in &left.containers {
-            clean(&mut client, &container.id);
+            end(&mut client, &container.id);
+            // Its task may be on its way yet, and without the container nobody could end it.
+            if is_late || !run(&format!("{}\0", container.id)) {
+                forget(&mut client, &container.id);
+            }
         }
         let no_pods = pod::tidy(&mut client);
-        let runs = binaries::sandboxes(&layout.prefix)
-            .iter()
-            .any(is_of_a_proof);
-        if (left.containers.is_empty() && no_pods && !runs) || Instant::now() > until {
+        if (left.containers.is_empty() && no_pods && !run(ID)) || is_late {
             return;
         }
         std::thread::sleep(POLL);
@@ -287,6 +291,12 @@ pub fn tidy(layout: &Layout) {
 
 /// Takes everything away; each fails where there is nothing.
 fn clean(client: &mut Client, id: &str) {
+    end(client, id);
+    forget(client, id);
+}
+
+/// Ends its task.
+fn end(client: &mut Client, id: &str) {
     let of = OfTask {
         container_id: id.to_owned(),
     };
@@ -305,6 +315,10 @@ fn clean(client: &mut Client, id: &str) {
             let _gone = client.call::<_, Empty>(path, of, SOON);
         }
     }
+}
+
+/// Takes the container away.
+fn forget(client: &mut Client, id: &str) {
     let named = |name: &str| Named {
         name: name.to_owned(),
     };
