@@ -216,6 +216,14 @@ impl Client {
     }
 }
 
+/// Names the step of a call that failed.
+pub fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
+    move |status| RunError::Shim {
+        step,
+        reason: one_line(status.message()),
+    }
+}
+
 /// The first cause: the others say that there was one.
 fn cause(error: &dyn std::error::Error) -> String {
     let mut last = error;

@@ -21,7 +21,7 @@ use super::cri::{
     LinuxContainer, LinuxPod, ListPods, ListPodsResponse, Metadata, NamespaceOption, PodConfig,
     PodMetadata, PodSecurity, RunPod, StatusRequest, StatusResponse,
 };
-use super::grpc::{Client, Empty, Named};
+use super::grpc::{Client, Empty, Named, wrong};
 use super::layout::Layout;
 use crate::error::{RunError, Step, one_line};
 use crate::{operator, posture};
@@ -240,13 +240,6 @@ fn container(
             now.exit_code,
             one_line(&now.message)
         ))),
-    }
-}
-
-fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
-    move |status| RunError::Shim {
-        step,
-        reason: one_line(status.message()),
     }
 }
 

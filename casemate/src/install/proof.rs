@@ -14,7 +14,7 @@ use super::cri::{StatusRequest, StatusResponse};
 use super::effective::{Handler, Handlers};
 use super::grpc::{
     Any, Client, Container, Containers, CreateContainer, CreateTask, Empty, KillTask, Mount, Named,
-    OfTask, Runtime, VersionResponse, WaitResponse,
+    OfTask, Runtime, VersionResponse, WaitResponse, wrong,
 };
 use super::layout::Layout;
 use super::pod;
@@ -163,13 +163,6 @@ pub fn container(
             "prove: the container of the proof isn't held as promised: {first} (and {} more)",
             more.len()
         ))),
-    }
-}
-
-fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
-    move |status| RunError::Shim {
-        step,
-        reason: one_line(status.message()),
     }
 }
 

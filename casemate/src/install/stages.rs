@@ -491,7 +491,10 @@ fn dry_run(options: &Install, layout: &Layout, payload: &Payload) -> Result<(), 
     if !options.no_proof {
         say(
             "proof",
-            "would run a container of each class, and a pod of each handler by CRI",
+            match options.binaries_only {
+                true => "would run a container of each class",
+                false => "would run a container of each class, and a pod of each handler by CRI",
+            },
         );
     }
     Ok(())

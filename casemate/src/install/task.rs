@@ -7,11 +7,11 @@ use tonic::Status;
 
 use super::grpc::{
     Any, Client, Container, CreateContainer, CreateTask, CreateTaskResponse, Empty, ExecProcess,
-    KillTask, Mount, Named, OfProcess, OfTask, Runtime, VersionResponse, WaitResponse,
+    KillTask, Mount, Named, OfProcess, OfTask, Runtime, VersionResponse, WaitResponse, wrong,
 };
 use crate::Run;
 use crate::bundle;
-use crate::error::{RunError, one_line};
+use crate::error::RunError;
 
 /// Of the specification of a container (containerd's typeurl).
 const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
@@ -34,13 +34,6 @@ pub struct Exec<'a> {
     pub options: &'a Run,
     /// Its arguments.
     pub args: &'a [&'a str],
-}
-
-fn wrong(step: &'static str) -> impl Fn(Status) -> RunError {
-    move |status| RunError::Shim {
-        step,
-        reason: one_line(status.message()),
-    }
 }
 
 fn of(id: &str) -> OfTask {
