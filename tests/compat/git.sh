@@ -17,7 +17,7 @@ git commit -qm n
 git push -q origin main
 cd ..
 git daemon --reuseaddr --listen=127.0.0.1 --export-all --base-path="$PWD" --detach
-sleep 0.5
+n=0; until git ls-remote -q git://127.0.0.1/b.git >/dev/null 2>&1; do n=$((n + 1)); [ $n -lt 100 ] || exit 1; sleep 0.1; done
 git clone -q git://127.0.0.1/b.git d
 [ "$(git -C d rev-list --count HEAD)" = 33 ]
 git -C d gc -q

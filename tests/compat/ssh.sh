@@ -15,6 +15,8 @@ PidFile $PWD/pid
 Subsystem sftp internal-sftp
 END
 /usr/sbin/sshd -f "$PWD/conf" -E "$PWD/log"
+# It is in the background before it listens; its pid is written after.
+for _ in $(seq 200); do [ -s pid ] && break; sleep 0.05; done
 o="-q -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -i /root/.ssh/id"
 [ "$(ssh $o -p 2222 root@127.0.0.1 echo in)" = in ] || { tail -n 5 log; exit 1; }
 [ "$(ssh $o -tt -p 2222 root@127.0.0.1 tty </dev/null | cut -c1-8)" = /dev/pts ] || { tail -n 5 log; exit 1; }
