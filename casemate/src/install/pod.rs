@@ -8,6 +8,7 @@
 //! (`HandlePodCleanups`): so what fails is tried again.
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ const NAMESPACE: &str = "k8s.io";
 /// Of pods of the proof.
 const LABEL: (&str, &str) = ("casemate.io/proof", "yes");
 const NAME: &str = "casemate-proof";
+/// In a specification of CRI's.
+const NAMESPACE_OF_POD: &str = "/annotations/io.kubernetes.cri.sandbox-namespace";
 const LIMIT: Duration = Duration::from_secs(30);
 /// How often it is tried.
 const TRIES: u32 = 5;
@@ -254,8 +257,23 @@ fn remove(client: &mut Client, id: &str) {
     let _removed = client.call::<_, Empty>(path, named, LIMIT);
 }
 
-/// Takes away directories of logs whose installer is gone.
-pub fn tidy_logs() {
+/// Whether that shim is of a pod of the proof, which CRI may not list yet: what containerd
+/// has written into the directory that the shim runs in says so.
+pub fn is_of_proof(shim: u32) -> bool {
+    let bundle = format!("/proc/{shim}/cwd");
+    // That of a pod that was given up before it was one: its shim goes by itself.
+    let is_gone = std::fs::metadata(&bundle).is_ok_and(|seen| seen.nlink() == 0);
+    is_gone
+        || std::fs::read(format!("{bundle}/config.json"))
+            .ok()
+            .and_then(|spec| serde_json::from_slice::<serde_json::Value>(&spec).ok())
+            .is_some_and(|spec| spec.pointer(NAMESPACE_OF_POD).is_some_and(|of| of == NAME))
+}
+
+/// Takes away directories of logs whose installer is gone; whether there was one, and so
+/// a pod may be on its way.
+pub fn tidy_logs() -> bool {
+    let mut found = false;
     for entry in std::fs::read_dir(LOGS).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let of = name
@@ -264,11 +282,13 @@ pub fn tidy_logs() {
         let gone = |pid: &str| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists();
         if of.is_some_and(gone) {
             let _next_time = std::fs::remove_dir_all(entry.path());
+            found = true;
         }
     }
+    found
 }
 
-/// Takes away pods of a proof that was cut short; whether there can be no more.
+/// Takes away pods of a proof that was cut short; whether CRI knows no more of them.
 pub fn tidy(client: &mut Client) -> bool {
     let request = ListPods {
         filter: Some(Labels {

@@ -32,8 +32,11 @@ const ID: &str = "casemate-proof-";
 const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 const SOON: Duration = Duration::from_secs(20);
 /// How long a shim may outlive an installer that was killed: one that was started and
-/// then asked for nothing goes after 30 s.
+/// then asked for nothing goes after 30 s, or a second after its bundle.
 const LINGERING: Duration = Duration::from_secs(40);
+/// How long nothing must have been seen of a proof, once something was: CRI lists a pod
+/// that it has failed to make after the shim has gone.
+const QUIET: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(100);
 
 /// What the running containerd says of a handler.
@@ -249,36 +252,63 @@ fn root(dir: &Path) -> Mount {
 /// Takes away what the proof of a run that was cut short has left: a sandbox of it would
 /// hold on to its programs.
 pub fn tidy(layout: &Layout) {
-    pod::tidy_logs();
+    let began_pods = pod::tidy_logs();
     let Ok(mut client) = Client::new(&layout.address, NAMESPACE) else {
         return;
     };
+    // One may still be on its way to a sandbox when its installer is gone.
+    let until = Instant::now() + LINGERING;
+    let mut seen = began_pods.then(Instant::now);
+    loop {
+        let now = Instant::now();
+        match remains(layout, &mut client, now > until) {
+            Remains::Nothing if seen.is_none_or(|seen| now > seen + QUIET) => return,
+            Remains::Nothing => {}
+            Remains::Unknown => return,
+            Remains::Something => seen = Some(now),
+        }
+        if now > until {
+            return;
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// What a look for the proof's containers and pods has found.
+enum Remains {
+    Nothing,
+    /// It is being ended.
+    Something,
+    /// containerd doesn't answer.
+    Unknown,
+}
+
+/// Ends what there is of a proof. `anyhow`: whatever may be on its way.
+fn remains(layout: &Layout, client: &mut Client, anyhow: bool) -> Remains {
+    let shims = || binaries::sandboxes(&layout.prefix);
     let run = |part: &str| {
-        binaries::sandboxes(&layout.prefix).iter().any(|pid| {
+        shims().iter().any(|pid| {
             let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             String::from_utf8_lossy(&line).contains(part)
         })
     };
-    // One may still be on its way to a sandbox when its installer is gone.
-    let until = Instant::now() + LINGERING;
-    loop {
-        let path = "/containerd.services.containers.v1.Containers/List";
-        let Ok(left) = client.call::<_, Containers>(path, Empty {}, SOON) else {
-            return;
-        };
-        let is_late = Instant::now() > until;
-        for container in &left.containers {
-            end(&mut client, &container.id);
-            // Its task may be on its way yet, and without the container nobody could end it.
-            if is_late || !run(&format!("{}\0", container.id)) {
-                forget(&mut client, &container.id);
-            }
+    let path = "/containerd.services.containers.v1.Containers/List";
+    let Ok(left) = client.call::<_, Containers>(path, Empty {}, SOON) else {
+        return Remains::Unknown;
+    };
+    for container in &left.containers {
+        end(client, &container.id);
+        // Its task may be on its way yet, and without the container nobody could end it.
+        if anyhow || !run(&format!("{}\0", container.id)) {
+            forget(client, &container.id);
         }
-        let no_pods = pod::tidy(&mut client);
-        if (left.containers.is_empty() && no_pods && !run(ID)) || is_late {
-            return;
-        }
-        std::thread::sleep(POLL);
+    }
+    // Before CRI is asked: a pod whose shim has just come up is listed by then, or seen.
+    let is_made = shims().into_iter().any(pod::is_of_proof);
+    let no_pods = pod::tidy(client);
+    match left.containers.is_empty() && no_pods && !is_made && !run(ID) {
+        true => Remains::Nothing,
+        false => Remains::Something,
     }
 }
 

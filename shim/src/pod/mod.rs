@@ -205,7 +205,8 @@ impl Pod {
     }
 
     /// As [`Pod::task`], but waits for the end of a Create of it that is under way: who
-    /// closes a stream as soon as Create has opened it may ask for the container first.
+    /// closes a stream as soon as Create has opened it may ask for the container first, and
+    /// who gives Create up wants it gone.
     pub async fn task_made(&self, id: &str) -> Result<Arc<Task>, ShimError> {
         let mut created = self.created.subscribe();
         while self.book().creating.contains(id) {
@@ -305,15 +306,17 @@ impl Pod {
         });
     }
 
-    /// Resolves when the pod has been without containers for that long: then it
-    /// takes none any more.
+    /// Resolves when the pod has been without containers for that long, or has none and
+    /// its bundle is gone, which containerd removes where it has given the pod up: then
+    /// it takes none any more.
     pub async fn unused_for(&self, time: Duration) {
         let mut used = self.used.subscribe();
         // Its sender lives in `self`.
         while used.wait_for(|used| !*used).await.is_ok() {
-            let again = used.wait_for(|used| *used);
-            if tokio::time::timeout(time, again).await.is_ok() {
-                continue;
+            tokio::select! {
+                _ = used.wait_for(|used| *used) => continue,
+                () = tokio::time::sleep(time) => {}
+                () = bundle_is_gone() => {}
             }
             let mut book = self.book();
             if book.tasks.is_empty() && book.creating.is_empty() {
@@ -363,5 +366,16 @@ impl Drop for Reservation {
         self.pod.created.send_replace(());
         self.pod.note_use();
         self.pod.leave_if_idle();
+    }
+}
+
+/// How often a pod without containers looks for its bundle.
+const LOOK_FOR_BUNDLE: Duration = Duration::from_secs(1);
+
+/// Resolves when the bundle is gone, which is the working directory of this process: one
+/// that has been removed has no name left. One that can't be looked at is there.
+async fn bundle_is_gone() {
+    while rustix::fs::stat(".").map_or(true, |seen| seen.st_nlink != 0) {
+        tokio::time::sleep(LOOK_FOR_BUNDLE).await;
     }
 }

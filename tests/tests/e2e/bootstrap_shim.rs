@@ -33,6 +33,7 @@ crate::trials![
     c028_log_fifo,
     c029_log_that_nobody_reads,
     c030_sigterm,
+    shim_whose_bundle_is_gone,
 ];
 
 const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
@@ -328,5 +329,17 @@ fn c030_sigterm() -> Outcome {
     procs::signal(task.shim_pid()?, Signal::TERM);
     task.wait_gone(Duration::from_secs(3))?;
     ensure!(!socket.exists(), "the socket is left");
+    Ok(())
+}
+
+/// As after a daemon that has killed `start` and given the pod up: long before the time
+/// that a shim waits for a container.
+fn shim_whose_bundle_is_gone() -> Outcome {
+    casemate_only()?;
+    let mut task = Task::new("gone", &["/bin/true"])?;
+    let socket = task.boot()?.socket();
+    fs::remove_dir_all(task.bundle())?;
+    task.wait_gone(Duration::from_secs(10))?;
+    ensure!(!socket.exists(), "{} is left", socket.display());
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use casemate_tests::ctr::Ctr;
 use casemate_tests::generation::Generation;
@@ -12,6 +12,7 @@ use casemate_tests::skip::{Outcome, Stop};
 use casemate_tests::{World, ensure, ensure_eq, procs, world};
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::*;
+use rustix::process::Signal;
 
 use super::node::{Node, same};
 use crate::cri::client::connected;
@@ -23,6 +24,7 @@ trials! {
     install_goes_back_when_pods_fail,
     install_proves_although_pods_are_ended,
     install_killed_while_a_pod_proves,
+    install_killed_while_a_pod_is_made,
 }
 
 /// Brings an image to where CRI looks.
@@ -187,6 +189,62 @@ fn install_killed_while_a_pod_proves() -> Outcome {
             node.must("uninstall", &[])?;
         }
         same(&format!("killed, then {verb}"), &before, &node.tree())?;
+    }
+    Ok(())
+}
+
+/// CRI lists no pod that it is still making: what the killed one has asked for comes, or
+/// is given up, later. Stopped at the shim's `start`, or after it.
+fn install_killed_while_a_pod_is_made() -> Outcome {
+    let node = Node::with_pods(Generation::V2_1)?;
+    pause(&node)?;
+    let before = node.tree();
+    let programs = node.dir.display().to_string();
+    let shims = |at: &str| -> Vec<u32> {
+        let of_it = |pid: &u32| {
+            let line = procs::command_line(*pid);
+            line.contains("-namespace k8s.io") && line.contains(&programs) && line.contains(at)
+        };
+        procs::all().into_iter().filter(of_it).collect()
+    };
+    for (at, verb) in [(" serve", "install"), (" start", "uninstall")] {
+        let mut child = node
+            .command("install", &[])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let limit = Instant::now() + Duration::from_secs(60);
+        let mut seen = shims(at);
+        while seen.is_empty() && Instant::now() < limit {
+            std::thread::sleep(Duration::from_millis(1));
+            seen = shims(at);
+        }
+        for pid in &seen {
+            procs::signal(*pid, Signal::STOP);
+        }
+        child.kill()?;
+        child.wait()?;
+        ensure!(!seen.is_empty(), "no{at} of a pod's shim was seen");
+        let said = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_secs(1));
+                for pid in &seen {
+                    procs::signal(*pid, Signal::CONT);
+                }
+            });
+            node.must(verb, &[])
+        })?;
+        ensure!(said.contains("was cut short"), "{verb}: {said}");
+        ensure_eq!(shims(""), Vec::<u32>::new(), "shims after {verb}");
+        ensure_eq!(pods(&node)?, Vec::<String>::new(), "pods after {verb}");
+        if verb == "install" {
+            node.must("uninstall", &[])?;
+        }
+        same(
+            &format!("killed, then {verb}: {said}"),
+            &before,
+            &node.tree(),
+        )?;
     }
     Ok(())
 }
