@@ -1,5 +1,6 @@
 //! State, Wait, Connect, Pids: nothing here changes or waits for a lock
-//! that is held for long. (State waits for a Create of its container to end.)
+//! that is held for long. (State and Wait wait for a Create of their container
+//! to end.)
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -67,7 +68,8 @@ const STALLED: Duration = Duration::from_millis(500);
 
 /// Answers when the process has ended, for as long as its record lives.
 pub async fn wait(pod: &Pod, request: &WaitRequest) -> Result<WaitResponse, ShimError> {
-    let process = pod.task(&request.id)?.process(&request.exec_id)?;
+    let task = pod.task_made(&request.id).await?;
+    let process = task.process(&request.exec_id)?;
     let exited = process.wait().await;
     if let Some(streams) = process.streams() {
         streams.read_out(STALLED, READ_WITHIN).await;

@@ -338,9 +338,11 @@ pub async fn exec(pod: Arc<Pod>, request: ExecProcessRequest) -> Result<Empty, S
     Ok(Empty::new())
 }
 
-/// Removes what has stopped, or was never started.
+/// Removes what has stopped, or was never started. One whose Create is under way is
+/// waited for: containerd deletes what it has given up, and in a pod with other
+/// containers nobody else would.
 pub async fn delete(pod: Arc<Pod>, request: DeleteRequest) -> Result<DeleteResponse, ShimError> {
-    let task = pod.task(&request.id)?;
+    let task = pod.task_made(&request.id).await?;
     if !request.exec_id.is_empty() {
         return delete_exec(&task, &request.exec_id).await;
     }

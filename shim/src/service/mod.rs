@@ -122,7 +122,7 @@ impl Task for Tasks {
     }
 
     async fn kill(&self, _ctx: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        Ok(control::kill(&self.pod, &request)?)
+        Ok(control::kill(&self.pod, &request).await?)
     }
 
     async fn pause(&self, _ctx: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {

@@ -1,14 +1,14 @@
 //! 70, 71, 143–146: containers of a pod come and go, in the right order, and the
 //! others don't notice.
 
-use std::fs;
+use std::fs::{self, File};
 use std::time::Duration;
 
 use casemate_tests::bundle::Task;
 use casemate_tests::pod::{Pids, Pod, exec, init, insiders, namespace, population, say};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
-use casemate_tests::skip::{Outcome, Stop};
+use casemate_tests::skip::{Outcome, Stop, fail};
 use casemate_tests::{ensure, ensure_eq, leaks, procs};
 use containerd_shim_protos::api::Status;
 use serde_json::json;
@@ -30,6 +30,7 @@ crate::trials![
     pod_a_container_after_an_oom_kill,
     pod_pause_behaves_as_a_task,
     pod_pause_ends_after_the_answer,
+    pod_a_create_that_is_given_up,
 ];
 
 const SLEEP: [&str; 2] = ["/bin/probe", "sleep"];
@@ -433,4 +434,41 @@ fn pod_pause_ends_after_the_answer() -> Outcome {
     // On a busy machine not each time.
     ensure!(first > 0, "the end came with the answer, each time");
     Ok(())
+}
+
+/// What a client does that can't wait for Create any more, as containerd whose own client
+/// has gone: the container goes, in whichever order the two are done, and the pod lives.
+fn pod_a_create_that_is_given_up() -> Outcome {
+    let pod = Pod::start("givenup")?;
+    let other = pod.run("givenup-a", &SLEEP, Pids::Own)?;
+    for round in 0..6 {
+        let mut task = pod.member("givenup-b", &SLEEP, Pids::Own)?;
+        let path = task.side.join("stdin");
+        task.stdio[0] = path.display().to_string();
+        task.boot()?;
+        let (created, deleted) = std::thread::scope(|scope| {
+            let client = scope.spawn(|| -> Outcome {
+                // Waits until Create opens it.
+                let _input = File::options().write(true).open(&path)?;
+                if round % 2 == 0 {
+                    task.rpc()?.delete(&task.id)?;
+                } else {
+                    task.rpc()?.kill(&task.id, 9, false)?;
+                }
+                Ok(())
+            });
+            (task.create(), client.join())
+        });
+        created?;
+        deleted.unwrap_or_else(|_| fail("the client panicked"))?;
+        if round % 2 == 1 {
+            let ended = task.rpc()?.wait(&task.id, SOON)?;
+            ensure_eq!(ended.exit_status, 137, "exit status");
+            task.rpc()?.delete(&task.id)?;
+        }
+        expect_code("State", task.rpc()?.state(&task.id), Code::NOT_FOUND)?;
+        task.forget();
+    }
+    pod.remove(other)?;
+    Ok(pod.finish()?)
 }
