@@ -8,7 +8,7 @@ pub mod process;
 pub mod state;
 pub mod task;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -49,6 +49,10 @@ pub struct Pod {
     used: watch::Sender<bool>,
 }
 
+/// How long Kill and Delete wait for a Create that is under way: more than it takes on a
+/// busy node, and less than the second that they may take themselves.
+const MADE_WITHIN: Duration = Duration::from_millis(500);
+
 /// What stands behind the pod.
 #[derive(Default)]
 enum Slot {
@@ -67,8 +71,8 @@ enum Slot {
 struct Book {
     slot: Slot,
     tasks: BTreeMap<String, Arc<Task>>,
-    /// Ids whose Create is under way.
-    creating: BTreeSet<String>,
+    /// Ids whose Create is under way, and whether they were deleted meanwhile.
+    creating: BTreeMap<String, bool>,
     /// Shutdown was asked for while there were containers.
     shutdown: bool,
     /// The agent has gone.
@@ -209,13 +213,30 @@ impl Pod {
     /// who gives Create up wants it gone.
     pub async fn task_made(&self, id: &str) -> Result<Arc<Task>, ShimError> {
         let mut created = self.created.subscribe();
-        while self.book().creating.contains(id) {
+        while self.book().creating.contains_key(id) {
             // Its sender lives in `self`.
             if created.changed().await.is_err() {
                 break;
             }
         }
         self.task(id)
+    }
+
+    /// As [`Pod::task_made`], but not for longer than a healthy Create takes: Kill and
+    /// Delete answer within a second, whatever is stuck in the pod.
+    pub async fn task_soon(&self, id: &str) -> Result<Arc<Task>, ShimError> {
+        let made = tokio::time::timeout(MADE_WITHIN, self.task_made(id)).await;
+        made.unwrap_or_else(|_| self.task(id))
+    }
+
+    /// As [`Pod::task_soon`], for who deletes the container: one that isn't made by then is
+    /// undone by its Create.
+    pub async fn task_to_delete(&self, id: &str) -> Result<Arc<Task>, ShimError> {
+        let found = self.task_soon(id).await;
+        if let Some(deleted) = self.book().creating.get_mut(id) {
+            *deleted = true;
+        }
+        found
     }
 
     /// The container with this id, if there is one.
@@ -231,9 +252,10 @@ impl Pod {
                 "create container {id:?}: the shim is shutting down"
             )));
         }
-        if book.tasks.contains_key(id) || !book.creating.insert(id.to_owned()) {
+        if book.tasks.contains_key(id) || book.creating.contains_key(id) {
             return Err(ShimError::AlreadyExists(format!("container {id:?} exists")));
         }
+        book.creating.insert(id.to_owned(), false);
         drop(book);
         self.note_use();
         Ok(Reservation {
@@ -292,9 +314,14 @@ impl Pod {
         }
     }
 
-    /// Whether a container that has just been made is to be undone.
-    pub fn is_deserted(&self) -> bool {
-        self.book().deserted
+    /// Why a container that has just been made is to be undone, if it is.
+    pub fn unwanted(&self, id: &str) -> Option<&'static str> {
+        let book = self.book();
+        match book.creating.get(id) {
+            _ if book.deserted => Some("the shim is shutting down"),
+            Some(true) => Some("it was deleted meanwhile"),
+            _ => None,
+        }
     }
 
     fn note_use(&self) {

@@ -27,9 +27,9 @@ const ANSWER_FIRST: Duration = Duration::from_millis(20);
 const SIGNAL_MAX: i32 = 64;
 
 /// Signals init, one exec, or everything in the container. One whose Create is under way
-/// is waited for: whoever has given that up may kill it.
+/// is waited for a moment: whoever has given that up may kill it.
 pub async fn kill(pod: &Pod, request: &KillRequest) -> Result<Empty, ShimError> {
-    let task = pod.task_made(&request.id).await?;
+    let task = pod.task_soon(&request.id).await?;
     let process = task.process(&request.exec_id)?;
     let signal = i32::try_from(request.signal).unwrap_or(i32::MAX);
     if signal > SIGNAL_MAX {

@@ -65,16 +65,17 @@ pub async fn create(
         make(&pod, &sandbox, &request, &bundle, paths).await
     };
     let made = match made {
-        Ok((kind, _)) if pod.is_deserted() => {
-            if let Kind::Real(container) = kind {
-                container.destroy().await;
+        Ok((kind, init)) => match pod.unwanted(&request.id) {
+            Some(why) => {
+                if let Kind::Real(container) = kind {
+                    container.destroy().await;
+                }
+                let text = format!("create container {:?}: {why}", request.id);
+                Err(ShimError::Unavailable(text))
             }
-            Err(ShimError::Unavailable(format!(
-                "create container {:?}: the shim is shutting down",
-                request.id
-            )))
-        }
-        made => made,
+            None => Ok((kind, init)),
+        },
+        Err(error) => Err(error),
     };
     let (kind, init) = match made {
         Ok(made) => made,
@@ -339,13 +340,14 @@ pub async fn exec(pod: Arc<Pod>, request: ExecProcessRequest) -> Result<Empty, S
 }
 
 /// Removes what has stopped, or was never started. One whose Create is under way is
-/// waited for: containerd deletes what it has given up, and in a pod with other
-/// containers nobody else would.
+/// waited for, or undone by it: containerd deletes what it has given up, and in a pod
+/// with other containers nobody else would.
 pub async fn delete(pod: Arc<Pod>, request: DeleteRequest) -> Result<DeleteResponse, ShimError> {
-    let task = pod.task_made(&request.id).await?;
     if !request.exec_id.is_empty() {
+        let task = pod.task_soon(&request.id).await?;
         return delete_exec(&task, &request.exec_id).await;
     }
+    let task = pod.task_to_delete(&request.id).await?;
     // Before the turn: a Start that waits for its answer has it.
     refuse_running(&task)?;
     let _turn = task.turn.lock().await;

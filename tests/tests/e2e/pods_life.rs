@@ -2,15 +2,17 @@
 //! others don't notice.
 
 use std::fs::{self, File};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use casemate_tests::bundle::Task;
+use casemate_tests::error::Failure;
 use casemate_tests::pod::{Pids, Pod, exec, init, insiders, namespace, population, say};
 use casemate_tests::run::until;
 use casemate_tests::shim::SHORT;
 use casemate_tests::skip::{Outcome, Stop, fail};
 use casemate_tests::{ensure, ensure_eq, leaks, procs};
 use containerd_shim_protos::api::Status;
+use rustix::process::Signal;
 use serde_json::json;
 use ttrpc::Code;
 
@@ -31,6 +33,7 @@ crate::trials![
     pod_pause_behaves_as_a_task,
     pod_pause_ends_after_the_answer,
     pod_a_create_that_is_given_up,
+    pod_a_create_that_is_given_up_and_stuck,
 ];
 
 const SLEEP: [&str; 2] = ["/bin/probe", "sleep"];
@@ -469,6 +472,55 @@ fn pod_a_create_that_is_given_up() -> Outcome {
         expect_code("State", task.rpc()?.state(&task.id), Code::NOT_FOUND)?;
         task.forget();
     }
+    pod.remove(other)?;
+    Ok(pod.finish()?)
+}
+
+/// Kill and Delete don't wait for a Create that is stuck, and it undoes itself.
+fn pod_a_create_that_is_given_up_and_stuck() -> Outcome {
+    let pod = Pod::start("stuck")?;
+    let other = pod.run("stuck-a", &SLEEP, Pids::Own)?;
+    let mut task = pod.member("stuck-b", &SLEEP, Pids::Own)?;
+    task.boot()?;
+    let agent = insiders(&other)?.0;
+    procs::signal(agent, Signal::STOP);
+    let (created, answers) = std::thread::scope(|scope| {
+        let creates = scope.spawn(|| task.create());
+        let rpc = task.rpc();
+        let answers = rpc.map(|rpc| {
+            // Until it has begun, both answer at once.
+            std::thread::sleep(Duration::from_millis(200));
+            let begun = Instant::now();
+            let killed = rpc.kill(&task.id, 9, true).map(drop);
+            let deleted = rpc.delete(&task.id).map(drop);
+            (killed, deleted, begun.elapsed())
+        });
+        procs::signal(agent, Signal::CONT);
+        (creates.join(), answers)
+    });
+    let (killed, deleted, took) = answers?;
+    expect_code("Kill", killed, Code::NOT_FOUND)?;
+    expect_code("Delete", deleted, Code::NOT_FOUND)?;
+    ensure!(
+        took < Duration::from_secs(2),
+        "Kill and Delete took {took:?}"
+    );
+    let created = created.unwrap_or_else(|_| Err(Failure::Unexpected("a panic".to_owned())));
+    let Err(error) = created else {
+        return fail("a container was made that had been deleted");
+    };
+    let error = error.to_string();
+    ensure!(
+        error.contains("it was deleted meanwhile"),
+        "Create: {error}"
+    );
+    expect_code("State", task.rpc()?.state(&task.id), Code::NOT_FOUND)?;
+    ensure_eq!(
+        processes_of(&other)?,
+        [init(&other)?],
+        "processes of the other"
+    );
+    task.forget();
     pod.remove(other)?;
     Ok(pod.finish()?)
 }
