@@ -8,6 +8,7 @@ mod carried;
 mod clock;
 mod collect;
 mod doctor;
+mod elsewhere;
 mod error;
 mod events;
 mod help;

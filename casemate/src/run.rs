@@ -9,6 +9,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::Run;
 use crate::bundle::Bundle;
+use crate::elsewhere::{WAY_OUT, is_elsewhere};
 use crate::error::{RunError, Step};
 use crate::shim::Shim;
 use crate::stdio::{self, Notice};
@@ -51,13 +52,30 @@ async fn in_shim(options: &Run, bundle: &Bundle, signals: &mut Signals) -> Resul
     status
 }
 
+/// A sandbox can't be made at all where this may be a chroot: what is said of it names a
+/// detail.
+fn with_way_out(error: RunError) -> RunError {
+    match error {
+        RunError::Shim { step, reason } if reason.starts_with("start agent") && is_elsewhere() => {
+            RunError::Shim {
+                step,
+                reason: format!(
+                    "{reason}; if this is a chroot, as of kubectl debug node/…: {WAY_OUT} casemate run"
+                ),
+            }
+        }
+        error => error,
+    }
+}
+
 async fn in_container(
     options: &Run,
     bundle: &Bundle,
     shim: &Shim,
     signals: &mut Signals,
 ) -> Result<i32, RunError> {
-    let pid = shim.create(bundle, options.terminal).await?;
+    let created = shim.create(bundle, options.terminal).await;
+    let pid = created.map_err(with_way_out)?;
     let (sender, mut notices) = unbounded_channel();
     let mut outputs = vec![stdio::output(
         &bundle.fifo("stdout"),

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         ),
         trial("one_program_alone_runs", one_program_alone_runs),
         trial("what_is_missing_is_named", what_is_missing_is_named),
+        trial("a_chroot_is_told_of", a_chroot_is_told_of),
         trial("ctrl_c_ends_it_and_nothing_is_left", ctrl_c_ends_it),
         trial("a_handler_gets_the_signal", a_handler_gets_the_signal),
         trial(
@@ -361,6 +362,31 @@ fn what_is_missing_is_named() -> Outcome {
 }
 
 /// Reads "up\n"; a child that ends before is asked why.
+/// As of `kubectl debug node/…`: the kernel's own answer doesn't say why.
+fn a_chroot_is_told_of() -> Outcome {
+    let bench = Bench::new("chroot")?;
+    let place = tempfile::tempdir()?;
+    let script = "mount --rbind / \"$D\"; exec chroot \"$D\" \"$0\" run -- id";
+    let child = Command::new("unshare")
+        .args(["--mount", "--", "sh", "-ec", script])
+        .arg(&bench.program)
+        .env("D", place.path())
+        .env("TMPDIR", &bench.dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let output = finish(child)?;
+    let err = text(&output.stderr);
+    ensure_eq!(output.status.code(), Some(125), "{err}");
+    ensure!(
+        err.ends_with("nsenter -t 1 -m -- casemate run\n") && err.lines().count() == 1,
+        "{err:?}"
+    );
+    ensure_eq!(bench.left(), Vec::<String>::new(), "left behind");
+    Ok(())
+}
+
 fn until_up(child: &mut Child) -> Outcome {
     let mut up = [0u8; 3];
     let read = child.stdout.as_mut().map(|out| out.read_exact(&mut up));

@@ -12,6 +12,7 @@ use rustix::fs::CWD;
 
 use super::check::{Verdict, bad};
 use super::node::{Node, nearest};
+use crate::elsewhere::{WAY_OUT, is_elsewhere};
 use Verdict::{Good, Skipped};
 
 /// The oldest that is tested, and the one with the shortest ways.
@@ -75,14 +76,19 @@ pub fn namespaces(node: &Node) -> Verdict {
     };
     let is_off = |path: &str| read(path).as_deref() == Some("0");
     let mend = if is_off("/proc/sys/user/max_user_namespaces") {
-        "sysctl -w user.max_user_namespaces=15000"
+        "sysctl -w user.max_user_namespaces=15000".to_owned()
     } else if is_off("/proc/sys/kernel/unprivileged_userns_clone") {
-        "sysctl -w kernel.unprivileged_userns_clone=1"
+        "sysctl -w kernel.unprivileged_userns_clone=1".to_owned()
     } else if read(APPARMOR).as_deref() == Some("1") {
-        "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
+        "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0".to_owned()
+    } else if text.contains("Operation not permitted") && is_elsewhere() {
+        format!(
+            "in a chroot, as of kubectl debug node/…, none can be made: {WAY_OUT} casemate doctor"
+        )
     } else {
         "sysctl -a --pattern 'user.max_.*_namespaces' shows limits; the kernel needs CONFIG_USER_NS \
          and its like"
+            .to_owned()
     };
     bad(text.clone(), mend)
 }

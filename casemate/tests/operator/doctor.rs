@@ -349,6 +349,14 @@ fn doctor_of_the_kernel() -> Outcome {
     let alone = "echo 0 >/proc/sys/user/max_net_namespaces";
     node.json_within(&inside, alone)?
         .fails("nftables", "", "modprobe nf_tables")?;
+    // As `kubectl debug node/…` has its shell, once it did `chroot /host`.
+    let chroot =
+        "mkdir \"$D/root\"; mount --rbind / \"$D/root\"; exec chroot \"$D/root\" \"$0\" \"$@\"";
+    node.json_within(&["--mount"], chroot)?.fails(
+        "namespaces",
+        "a user namespace: Operation not permitted",
+        "nsenter -t 1 -m -- casemate doctor",
+    )?;
     Ok(())
 }
 
