@@ -11,6 +11,7 @@
 #   make vm-test         a part of e2e inside Debian's kernels 6.1 and 7.2, on cgroup v2, also with systemd, SELinux or no nf_tables
 #   make kube-test       runtimeclass/ on a real API server; the first time it is built, a quarter of an hour
 #   make nerdctl-test    a real nerdctl on three containerds, built from its Go module the first time
+#   make cluster-machine-test  a node that is an emulated machine: systemd, cgroup v2, the systemd driver
 #   make cluster-test    whole clusters with real kubelets: the DaemonSet installs and upgrades, pods run; built as that is
 #   make check           formatting, lints, unit tests, licences and sources
 #   make build           release binaries
@@ -39,7 +40,7 @@ UNIT     = $(basename $(wildcard */tests/*.rs)) $(patsubst %/main.rs,%,$(filter-
 
 VM_SUITES ?= bookworm bookworm:systemd bookworm:selinux bookworm:bare sid sid:systemd sid:selinux sid:bare
 
-.PHONY: help build quick check lint unit deny test daemons e2e e2e-older conformance compat compatibility learned nerdctl-test kube kube-test cluster cluster-test vm-test docs docs-tables probes run bench image reproduce dist clean
+.PHONY: help build quick check lint unit deny test daemons e2e e2e-older conformance compat compatibility learned nerdctl-test kube kube-test cluster cluster-test cluster-machine-test vm-test docs docs-tables probes run bench image reproduce dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -148,6 +149,13 @@ cluster: quick
 	CASEMATE_TEST_BIN_DIR=$(abspath $(TARGET)/quick) CASEMATE_TEST_CLUSTER=$(CONTAINERD) \
 	  CASEMATE_TEST_KEEP=$(KEEP) \
 	  $(TEST) --test cluster -- $(T)
+
+# A node that is an emulated machine, with systemd and cgroup v2. MACHINE=sid has another.
+MACHINE ?= bookworm
+cluster-machine-test: daemons
+	@scripts/apiserver.sh
+	@VM_SYSTEMD=1 scripts/vm.sh $(MACHINE)
+	CASEMATE_TEST_MACHINE=$(MACHINE) $(MAKE) cluster
 
 docs-tables:
 	CASEMATE_WRITE_DOCS=1 $(TEST) --test documents --test surface

@@ -4,6 +4,7 @@
 # about ten times slower than native.
 #
 #   scripts/vm.sh SUITE COMMAND…     e.g. scripts/vm.sh bookworm uname -r
+#   scripts/vm.sh SUITE              only gets what is needed for that
 #
 # SUITE is the Debian suite whose cloud kernel boots. VM_COPY names files and
 # directories that are wanted inside at the same place. Variables CASEMATE_* are
@@ -11,7 +12,8 @@
 # (default 900); VM_CPUS is 1, since some kernels panic under emulation with more. The exit code is the command's.
 #
 # With VM_SYSTEMD=1 process 1 is the suite's own systemd, and the command runs in
-# a service. VM_APPEND is more for the kernel's command line.
+# a service. VM_APPEND is more for the kernel's command line. VM_NIC is a tap device,
+# which the machine has as its network; VM_MEMORY its MiB (3072).
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -22,7 +24,7 @@ dir=$(cd "$dir" && pwd)
 . "$here/debian.sh"
 
 # Block device, the file systems and devices that tests use, and the guard of networks.
-modules="virtio_pci virtio_blk ext4 overlay virtio_rng veth bridge tun loop
+modules="virtio_pci virtio_blk virtio_net ext4 overlay virtio_rng veth bridge tun loop
   nf_tables nft_reject_inet nft_ct nft_log nft_limit nfnetlink_log"
 # Programs that the root has, with their libraries.
 programs="bash sh containerd ctr containerd-shim-runc-v2 runc ip setsid mount umount
@@ -49,7 +51,7 @@ busybox=$(command -v busybox)
 
 # A kernel and an initramfs with the modules that lead to the root.
 kernel=$dir/$suite
-if [ ! -e "$kernel/ready-4" ]; then
+if [ ! -e "$kernel/ready-5" ]; then
   rm -rf "$kernel"
   mkdir -p "$kernel/root"
   debian_suites "$dir/apt-$suite" "$suite" >&2
@@ -121,7 +123,7 @@ exec switch_root /new $program
 INIT
   chmod +x "$tree/init"
   (cd "$tree" && find . | cpio -o -H newc --quiet | gzip -1) >"$kernel/initramfs.gz"
-  touch "$kernel/ready-4"
+  touch "$kernel/ready-5"
 fi
 
 # systemd with all libraries that it loads or may load.
@@ -151,6 +153,7 @@ if [ ! -e "$tools/ready" ]; then
   touch "$tools/ready"
 fi
 
+[ $# -gt 0 ] || exit 0
 run=$(mktemp -d "${TMPDIR:-/tmp}/vm.XXXXXX")
 qemu=
 trap '[ -z "$qemu" ] || kill "$qemu" 2>/dev/null; rm -rf "$run"' EXIT
@@ -225,10 +228,11 @@ rm -rf "$tree"
 
 say "booting $suite"
 timeout "${VM_SECONDS:-900}" qemu-system-x86_64 -machine q35 -accel tcg,thread=multi -cpu max \
-  -smp "${VM_CPUS:-1}" -m 3072 -nodefaults -display none -no-reboot -serial "file:$run/console" \
+  -smp "${VM_CPUS:-1}" -m "${VM_MEMORY:-3072}" -nodefaults -display none -no-reboot -serial "file:$run/console" \
   -kernel "$kernel/vmlinuz" -initrd "$run/initrd" \
   -append "console=ttyS0 quiet panic=-1 lsm=landlock,lockdown,yama,integrity,apparmor systemd.unit=vm.target systemd.show_status=0 ${VM_APPEND:-}" \
   -drive "file=$run/disk,format=raw,if=virtio,cache=unsafe" -device virtio-rng-pci \
+  ${VM_NIC:+-netdev tap,id=nic,ifname="$VM_NIC",script=no,downscript=no -device virtio-net-pci,netdev=nic} \
   </dev/null &
 qemu=$!
 tail --pid="$qemu" -n +1 -F "$run/console" 2>/dev/null | tr -d '\r' || true

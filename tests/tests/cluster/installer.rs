@@ -42,17 +42,22 @@ pub fn keep(node: &Node) -> Outcome {
     Ok(())
 }
 
-/// What is on the node that an installer could have changed.
+/// Tells what is on a node that an installer could change. Of what others have in
+/// /usr/local, names do.
+pub const TREE: &str = "find /etc /opt /var/lib/casemate -path /opt/cni -prune -o -type f \
+                        -exec sha256sum {} + 2>/dev/null; \
+                        find /opt /usr/local -path /opt/cni -prune -o -printf '%y %p %l\\n'; \
+                        find / -mindepth 1 -maxdepth 1 -printf '%y %p %l\\n'";
+
+/// That of a node.
 pub fn tree(node: &Node) -> Result<BTreeSet<String>, Stop> {
-    // Of what others have in /usr/local, names do.
-    let script = "find /etc /opt /var/lib/casemate -path /opt/cni -prune -o -type f \
-                  -exec sha256sum {} + 2>/dev/null; \
-                  find /opt /usr/local -path /opt/cni -prune -o -printf '%y %p %l\\n'; \
-                  find / -mindepth 1 -maxdepth 1 -printf '%y %p %l\\n'";
-    let said = node.must(&["sh", "-c", script])?;
-    // The lock stays, as files that are locked have to.
+    Ok(lines(&node.must(&["sh", "-c", TREE])?))
+}
+
+/// What [`TREE`] has said, without the lock, which stays, as files that are locked have to.
+pub fn lines(said: &str) -> BTreeSet<String> {
     let lines = said.lines().filter(|line| !line.contains("install/lock"));
-    Ok(lines.map(str::to_owned).collect())
+    lines.map(str::to_owned).collect()
 }
 
 /// The cluster with casemate on its node, by the DaemonSet; once in a run. What was
@@ -255,7 +260,7 @@ pub fn same(before: &BTreeSet<String>, after: &BTreeSet<String>) -> Outcome {
 }
 
 /// As `runtimeclass/job/uninstall.yaml` says in its head.
-fn job(cluster: &Cluster, node: &str, end: &str) -> Result<String, Stop> {
+pub fn job(cluster: &Cluster, node: &str, end: &str) -> Result<String, Stop> {
     let path = crate::kube::here().join(Path::new("runtimeclass/job/uninstall.yaml"));
     let text = fs::read_to_string(path)?.replace("NODE", node);
     cluster.must(&["apply", "--server-side", "-f", "-"], &text)?;

@@ -11,6 +11,7 @@ mod installer;
 mod kube;
 mod kubeadm;
 mod life;
+mod machine;
 mod node;
 mod nodes;
 mod registry;
@@ -28,6 +29,13 @@ use libtest_mimic::Arguments;
 fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     args.test_threads = args.test_threads.or(Some(3));
+    if machine::wanted() {
+        args.test_threads = Some(1);
+        let run = libtest_mimic::run(&args, machine::trials());
+        machine::close();
+        kube::close();
+        return told(&[run]);
+    }
     let trials = [
         installer::trials(),
         files::trials(),
@@ -49,6 +57,11 @@ fn main() -> ExitCode {
         one_by_one,
         libtest_mimic::run(&args, kubeadm::trials()),
     ];
+    told(&runs)
+}
+
+/// Says what came of them.
+fn told(runs: &[libtest_mimic::Conclusion]) -> ExitCode {
     let skipped = skip::skipped();
     for (name, reason) in &skipped {
         println!("skipped: {name}: {reason}");

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,8 +14,10 @@ use casemate_tests::skip::{Outcome, fail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 
-/// Where it listens.
+/// Where nodes that it serves find it.
 pub const ADDRESS: &str = "127.0.0.1:5000";
+/// Its port, for others.
+pub const PORT: u16 = 5000;
 
 /// What it has: manifests by `REPOSITORY:TAG` or digest, blobs by digest.
 #[derive(Default)]
@@ -34,7 +36,7 @@ impl Registry {
         let netns = File::open(netns)?;
         let listen = move || -> std::io::Result<TcpListener> {
             move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?;
-            TcpListener::bind(ADDRESS)
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))
         };
         // In a thread of its own, which ends in that namespace.
         let listener = match std::thread::spawn(listen).join() {

@@ -101,7 +101,8 @@ pub fn fill(dir: &Path, generation: Generation, number: u8) -> Outcome {
         kubernetes.join("tokens.csv"),
         "admin,admin,1,\"system:masters\"\n\
          node1,system:node:node1,2,\"system:nodes\"\n\
-         node2,system:node:node2,3,\"system:nodes\"\n",
+         node2,system:node:node2,3,\"system:nodes\"\n\
+         node3,system:node:node3,4,\"system:nodes\"\n",
     )?;
     let key = kubernetes.join("sa.key");
     run(
