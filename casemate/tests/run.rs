@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use casemate_tests::skip::{Outcome, skip, skipped, trial};
+use casemate_tests::skip::{Outcome, skip, skipped, tell_unsteady, trial};
 use casemate_tests::{ensure, ensure_eq, leaks};
 use libtest_mimic::Arguments;
 use rustix::process::{Pid, Signal};
@@ -48,6 +48,7 @@ fn main() -> ExitCode {
     for (name, reason) in skipped() {
         println!("{name}: skipped: {reason}");
     }
+    tell_unsteady();
     // None of these may be skipped in CI: it has root, and all binaries.
     if std::env::var_os("CI").is_some() && !skipped().is_empty() {
         return ExitCode::FAILURE;

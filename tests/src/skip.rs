@@ -69,13 +69,20 @@ static UNSTEADY: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
 const UNSTEADY_MAX: usize = 4;
 
 /// Trials that failed once and passed when tried again, with the first reason.
-pub fn unsteady() -> BTreeMap<String, String> {
+fn unsteady() -> BTreeMap<String, String> {
     UNSTEADY.lock().map(|all| all.clone()).unwrap_or_default()
 }
 
-/// Whether `name` may be tried once more. In CI, where a moment of a busy machine
+/// Says which those were.
+pub fn tell_unsteady() {
+    for (name, reason) in unsteady() {
+        println!("{name}: unsteady: tried again after: {reason}");
+    }
+}
+
+/// Whether `name`, which has failed, may be tried once more. In CI, where a moment of a busy machine
 /// would cost everything, a few may; each is told at the end.
-fn once_more(name: &str, why: &str) -> bool {
+pub fn once_more(name: &str, why: &str) -> bool {
     std::env::var_os("CI").is_some()
         && UNSTEADY.lock().is_ok_and(|mut all| {
             let more = all.len() < UNSTEADY_MAX;

@@ -12,7 +12,7 @@ mod walk;
 use std::process::ExitCode;
 
 use casemate_tests::World;
-use casemate_tests::skip::skipped;
+use casemate_tests::skip::{skipped, tell_unsteady};
 use libtest_mimic::{Arguments, Trial};
 
 fn main() -> ExitCode {
@@ -36,6 +36,7 @@ fn main() -> ExitCode {
     for (name, reason) in skipped() {
         println!("{name}: skipped: {reason}");
     }
+    tell_unsteady();
     let left = World::get().map(World::close).unwrap_or_default();
     for thing in &left {
         println!("left on the host: {thing}");

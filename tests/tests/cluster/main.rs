@@ -62,6 +62,7 @@ fn main() -> ExitCode {
 
 /// Says what came of them.
 fn told(runs: &[libtest_mimic::Conclusion]) -> ExitCode {
+    skip::tell_unsteady();
     let skipped = skip::skipped();
     for (name, reason) in &skipped {
         println!("skipped: {name}: {reason}");

@@ -232,9 +232,7 @@ fn main() -> ExitCode {
     for (name, reason) in skip::skipped() {
         println!("{name}: skipped: {reason}");
     }
-    for (name, reason) in skip::unsteady() {
-        println!("{name}: unsteady: tried again after: {reason}");
-    }
+    skip::tell_unsteady();
     println!("{}", longest());
     if !listed && World::get().is_ok_and(World::is_casemate) {
         // Elsewhere than in the source tree there is no place for them.

@@ -37,6 +37,7 @@ fn main() -> ExitCode {
     if !left.is_empty() {
         println!("left on the host: {left:?}");
     }
+    skip::tell_unsteady();
     let skipped = skip::skipped();
     for (name, reason) in &skipped {
         println!("skipped: {name}: {reason}");
