@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::kube::{Class, Cluster, SLOW, alone, cluster, last, steady};
 use crate::node::Node;
-use crate::nodes::named;
+use crate::nodes::{installer_on, named};
 
 crate::cluster_trials![
     pods_wait_until_the_installer_is_done,
@@ -172,21 +172,6 @@ fn pods_wait_until_the_installer_is_done() -> Outcome {
     cluster.delete(Class::Casemate, "first")
 }
 
-/// The name of the installer's pod.
-fn pod(cluster: &Cluster) -> Result<String, Stop> {
-    let args = [
-        "-n",
-        SYSTEM,
-        "get",
-        "pods",
-        "-l",
-        "app.kubernetes.io/component=installer",
-        "-o",
-        "jsonpath={.items[0].metadata.name}",
-    ];
-    cluster.must(&args, "")
-}
-
 pub fn rolled_out(cluster: &Cluster) -> Outcome {
     let args = [
         "-n",
@@ -210,10 +195,9 @@ fn installer_serves_metrics() -> Outcome {
     let text = FIRST.replace("first", "counted");
     cluster.apply(Class::Casemate, &text)?;
     cluster.ready(Class::Casemate, "counted")?;
-    let path = format!(
-        "/api/v1/namespaces/{SYSTEM}/pods/{}:9464/proxy/metrics",
-        pod(&cluster)?
-    );
+    let installer = installer_on(&cluster, &cluster.node.host)?;
+    let name = installer["metadata"]["name"].as_str().unwrap_or_default();
+    let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{name}:9464/proxy/metrics");
     let said = cluster.must(&["get", "--raw", &path], "")?;
     ensure!(
         said.lines()
