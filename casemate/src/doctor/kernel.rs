@@ -83,7 +83,7 @@ pub fn namespaces(node: &Node) -> Verdict {
         "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0".to_owned()
     } else if text.contains("Operation not permitted") && is_elsewhere() {
         format!(
-            "in a chroot, as of kubectl debug node/…, none can be made: {WAY_OUT} casemate doctor"
+            "if this is a chroot, as of kubectl debug node/…, none can be made: {WAY_OUT} casemate doctor"
         )
     } else {
         "sysctl -a --pattern 'user.max_.*_namespaces' shows limits; the kernel needs CONFIG_USER_NS \

@@ -257,9 +257,9 @@ fn remove(client: &mut Client, id: &str) {
     let _removed = client.call::<_, Empty>(path, named, LIMIT);
 }
 
-/// Whether that shim is of a pod of the proof, which CRI may not list yet: what containerd
-/// has written into the directory that the shim runs in says so.
-pub fn is_of_proof(shim: u32) -> bool {
+/// Whether that shim is, or was, of a pod of the proof that CRI doesn't list: what containerd
+/// has written into the directory that the shim runs in says so, or it is gone.
+pub fn may_be_of_proof(shim: u32) -> bool {
     let bundle = format!("/proc/{shim}/cwd");
     // That of a pod that was given up before it was one: its shim goes by itself.
     let is_gone = std::fs::metadata(&bundle).is_ok_and(|seen| seen.nlink() == 0);

@@ -304,7 +304,7 @@ fn remains(layout: &Layout, client: &mut Client, anyhow: bool) -> Remains {
         }
     }
     // Before CRI is asked: a pod whose shim has just come up is listed by then, or seen.
-    let is_made = shims().into_iter().any(pod::is_of_proof);
+    let is_made = shims().into_iter().any(pod::may_be_of_proof);
     let no_pods = pod::tidy(client);
     match left.containers.is_empty() && no_pods && !is_made && !run(ID) {
         true => Remains::Nothing,

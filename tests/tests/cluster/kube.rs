@@ -72,21 +72,26 @@ pub struct Cluster {
     pub second: Mutex<Option<Arc<Node>>>,
 }
 
-static CLUSTER: Mutex<Option<Result<Arc<Cluster>, String>>> = Mutex::new(None);
+/// What is made once in a run, or why it couldn't be.
+pub type Kept<T> = Mutex<Option<Result<Arc<T>, String>>>;
 
-/// It, started at the first call; skips where its programs aren't there.
-pub fn cluster() -> Result<Arc<Cluster>, Stop> {
-    let mut slot = CLUSTER.lock().unwrap_or_else(PoisonError::into_inner);
+/// That, made at the first call; `what` is said where it had failed before.
+pub fn kept<T>(
+    slot: &Kept<T>,
+    what: &str,
+    make: impl FnOnce() -> Result<T, Stop>,
+) -> Result<Arc<T>, Stop> {
+    let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
     match &*slot {
-        Some(Ok(cluster)) => return Ok(cluster.clone()),
-        Some(Err(why)) => return fail(format!("the cluster didn't start: {why}")),
+        Some(Ok(made)) => return Ok(made.clone()),
+        Some(Err(why)) => return fail(format!("{what}: {why}")),
         None => {}
     }
-    match Cluster::start() {
-        Ok(cluster) => {
-            let cluster = Arc::new(cluster);
-            *slot = Some(Ok(cluster.clone()));
-            Ok(cluster)
+    match make() {
+        Ok(made) => {
+            let made = Arc::new(made);
+            *slot = Some(Ok(made.clone()));
+            Ok(made)
         }
         Err(Stop::Skip(why)) => skip(why),
         Err(Stop::Fail(why)) => {
@@ -94,6 +99,13 @@ pub fn cluster() -> Result<Arc<Cluster>, Stop> {
             fail(why)
         }
     }
+}
+
+static CLUSTER: Kept<Cluster> = Mutex::new(None);
+
+/// It, started at the first call; skips where its programs aren't there.
+pub fn cluster() -> Result<Arc<Cluster>, Stop> {
+    kept(&CLUSTER, "the cluster didn't start", Cluster::start)
 }
 
 /// Ends it.
@@ -396,6 +408,13 @@ pub fn status<'a>(pod: &'a Value, name: &str) -> &'a Value {
         .flatten()
         .find(|status| status["name"] == name)
         .unwrap_or(&Value::Null)
+}
+
+/// The id of a pod's container of that name, without the runtime's; empty if it has none.
+pub fn container_id<'a>(pod: &'a Value, name: &str) -> &'a str {
+    let id = status(pod, name)["containerID"].as_str();
+    id.and_then(|id| id.rsplit_once("//"))
+        .map_or("", |(_, id)| id)
 }
 
 /// The last lines of a text.

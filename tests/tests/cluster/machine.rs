@@ -18,8 +18,10 @@ use libtest_mimic::Trial;
 use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::Value;
 
-use crate::installer::{FIRST, SYSTEM, TREE, installed, job, label, lines, same, told};
-use crate::kube::{Class, Cluster, here, last, programs, status};
+use crate::installer::{SYSTEM, TREE, installed, job, label, lines, same, told, unschedulable};
+use crate::kube::{
+    Class, Cluster, Kept, container_id, here, is_ready, kept, last, programs, status,
+};
 use crate::node::{LIMIT, address, host, pods};
 use crate::nodes::{installer_on, named, placed};
 use crate::registry;
@@ -55,28 +57,11 @@ struct Machine {
     dir: tempfile::TempDir,
 }
 
-static MACHINE: Mutex<Option<Result<Arc<Machine>, String>>> = Mutex::new(None);
+static MACHINE: Kept<Machine> = Mutex::new(None);
 
 /// It, with casemate installed by the DaemonSet; started at the first call.
 fn machine() -> Result<Arc<Machine>, Stop> {
-    let mut slot = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
-    match &*slot {
-        Some(Ok(machine)) => return Ok(machine.clone()),
-        Some(Err(why)) => return fail(format!("the machine isn't a node: {why}")),
-        None => {}
-    }
-    match begin() {
-        Ok(machine) => {
-            let machine = Arc::new(machine);
-            *slot = Some(Ok(machine.clone()));
-            Ok(machine)
-        }
-        Err(Stop::Skip(why)) => skip(why),
-        Err(Stop::Fail(why)) => {
-            *slot = Some(Err(why.clone()));
-            fail(why)
-        }
-    }
+    kept(&MACHINE, "the machine isn't a node", begin)
 }
 
 /// Ends it.
@@ -271,7 +256,7 @@ impl Machine {
             pod = cluster
                 .object(class.namespace(), "pod", name)
                 .unwrap_or_default();
-            crate::kube::is_ready(&pod)
+            is_ready(&pod)
         })?;
         Ok(pod)
     }
@@ -396,11 +381,7 @@ fn limits() -> Outcome {
     let cluster = &machine.cluster;
     for (class, overhead) in [(Class::Runc, 0), (Class::Casemate, 3 * MIB)] {
         let pod = machine.pod(class, "limited", LIMITED)?;
-        let id = status(&pod, "c")["containerID"]
-            .as_str()
-            .unwrap_or_default();
-        let id = id.rsplit_once("//").map_or("", |(_, id)| id);
-        let scope = format!("cri-containerd-{id}.scope");
+        let scope = format!("cri-containerd-{}.scope", container_id(&pod, "c"));
         let memory = machine.cgroup(&scope, "memory.max")?;
         ensure_eq!(memory, (32 * MIB).to_string(), "{class:?}: memory");
         let cpu = machine.cgroup(&scope, "cpu.max")?;
@@ -449,11 +430,9 @@ fn services_restart() -> Outcome {
     let text = LIMITED.replace("limited", "stays");
     let before = machine.pod(Class::Casemate, "stays", &text)?;
     cluster.exec_ok(Class::Casemate, "stays", "echo here >/tmp/mark")?;
-    let id = status(&before, "c")["containerID"].clone();
-    let scope = id.as_str().unwrap_or_default();
-    let scope = scope.rsplit_once("//").map_or("", |(_, id)| id).to_owned();
+    let id = container_id(&before, "c");
     machine.must("systemctl daemon-reload")?;
-    let memory = machine.cgroup(&scope, "memory.max")?;
+    let memory = machine.cgroup(id, "memory.max")?;
     ensure_eq!(memory, (32 * MIB).to_string(), "memory after daemon-reload");
     let starts = machine.starts()?;
     for service in ["kubelet", "containerd"] {
@@ -471,7 +450,7 @@ fn services_restart() -> Outcome {
     }
     ensure_eq!(machine.starts()?, starts + 1, "starts of containerd");
     let after = cluster.object("casemate", "pod", "stays")?;
-    ensure_eq!(status(&after, "c")["containerID"], id, "its container");
+    ensure_eq!(container_id(&after, "c"), id, "its container");
     ensure_eq!(status(&after, "c")["restartCount"], 0, "restarts");
     machine.must("casemate posture stays")?;
     cluster.delete(Class::Casemate, "stays")
@@ -511,8 +490,10 @@ fn uninstall() -> Outcome {
     let before = lines(&machine.must("cat /root/before")?);
     same(&before, &after)?;
     ensure_eq!(machine.starts()?, starts + 1, "starts of containerd");
-    // The class finds no node any more, and others do.
-    let text = FIRST.replace("first", "late");
+    // The class doesn't find it any more, and others do.
+    let text = named("late", Some(&node));
+    cluster.apply(Class::Casemate, &text)?;
+    unschedulable(cluster, "late")?;
     machine.pod(Class::Runc, "late", &text)?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use casemate_tests::{ensure, ensure_eq};
 use serde_json::Value;
 
 use crate::installer::installed;
-use crate::kube::{Class, Cluster, SLOW, status, steady};
+use crate::kube::{Class, Cluster, SLOW, container_id, status, steady};
 
 crate::cluster_trials![
     limits_change_in_place,
@@ -38,10 +38,7 @@ const MIB: u64 = 1 << 20;
 /// A number in a cgroup of the pod's; of its container's, if one is named.
 fn number(cluster: &Cluster, pod: &Value, container: &str, file: &str) -> Option<u64> {
     let uid = pod["metadata"]["uid"].as_str()?;
-    let id = status(pod, container)["containerID"].as_str();
-    let leaf = id
-        .and_then(|id| id.rsplit_once("//"))
-        .map_or("", |(_, id)| id);
+    let leaf = container_id(pod, container);
     let path = format!("/kubepods/pod{uid}/{leaf}");
     cluster
         .node
